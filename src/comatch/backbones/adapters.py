@@ -1,0 +1,78 @@
+"""What trains: LoRA or DoRA on the language model's attention by PEFT, or everything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from torch import nn
+
+from comatch.backbones.base import Backbone
+from comatch.errors import ModelError
+
+
+def attach(backbone: Backbone, kind: str, *, r: int, alpha: int, dropout: float, targets: tuple[str, ...], train_vision: bool) -> None:
+    """Freeze the backbone and open what the run trains; the compression rows always train.
+
+    kind: "lora", "dora" (specs/coma.md section 4) or "full" (language model; the vision tower only with `train_vision`).
+    Raises ModelError where a target matches no layer of the language model.
+    """
+    backbone.hf.requires_grad_(False)
+    if kind == "full":
+        backbone.text.requires_grad_(True)
+        backbone.stock.lm_head.requires_grad_(True)
+        backbone.vision_tower.requires_grad_(train_vision)
+        return
+    if train_vision:
+        raise ModelError(f"adapter.kind={kind!r} with adapter.train_vision=true is not supported; use kind='full' or train_vision=false")
+    names = [name for name, _ in backbone.stock.named_modules()]
+    missing = [t for t in targets if not any(n.startswith("model.language_model.") and n.endswith("." + t) for n in names)]
+    if missing:
+        raise ModelError(f"adapter.targets {missing} match no layer of the language model; Qwen's attention has q_proj, k_proj, v_proj, o_proj")
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        use_dora=kind == "dora",
+        init_lora_weights="gaussian",
+        target_modules=r"model\.language_model\..*\.(" + "|".join(targets) + ")",
+    )
+    backbone.hf = get_peft_model(backbone.hf, config)
+
+
+def adapted(backbone: Backbone) -> bool:
+    """Whether an adapter is attached and not merged."""
+    return isinstance(backbone.hf, PeftModel)
+
+
+def merge(backbone: Backbone) -> None:
+    """Fold the adapter into the weights; does nothing where there is none."""
+    if adapted(backbone):
+        backbone.hf = backbone.hf.merge_and_unload()
+
+
+def load_adapter(backbone: Backbone, folder: Path) -> None:
+    """Attach a saved PEFT adapter for encoding. Raises ModelError where its weights do not fit the base."""
+    from safetensors import safe_open
+
+    backbone.hf.requires_grad_(False)
+    backbone.hf = PeftModel.from_pretrained(backbone.hf, str(folder))
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        saved = set(file.keys())
+    wanted = set(get_peft_model_state_dict(backbone.hf))
+    if saved != wanted:
+        off = sorted(saved ^ wanted)
+        raise ModelError(f"adapter {folder} does not fit its base: {len(off)} weights differ, {off[:10]}")
+
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that train, by name."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def cast_trainable(module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    """Keep everything that trains in float32: small updates are lost in bf16 (specs/coma.md 8.3)."""
+    for parameter in trainable(module).values():
+        parameter.data = parameter.data.to(dtype)
+

@@ -1,0 +1,84 @@
+"""Names to folders, and the families of backbones that we know. A Qwen-like family is one record."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from comatch.errors import ModelError
+
+SHIPPED = Path(__file__).resolve().parent.parent / "models"
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between backbones of one shape. `deepstack`: vision features also enter the first language layers."""
+
+    model_type: str
+    deepstack: bool = False
+
+
+FAMILIES = {f.model_type: f for f in (Family("qwen2_vl"), Family("qwen2_5_vl"), Family("qwen3_vl", deepstack=True))}
+
+
+def resolve(name: str | Path, revision: str | None = None) -> Path:
+    """A shipped name, a folder or a hub id becomes a local folder that was checked for safety.
+
+    Raises ModelError where nothing is found, where the weights are pickles, or where the folder wants to run its own code.
+    """
+    shipped = SHIPPED / str(name)
+    if isinstance(name, str) and "/" not in name and (shipped / "config.json").is_file():
+        folder = shipped
+    elif Path(name).is_dir():
+        folder = Path(name)
+    else:
+        folder = _download(str(name), revision)
+    check_folder(folder)
+    return folder
+
+
+def family(config: Any) -> Family:
+    """The record of a loaded config's model type. Raises ModelError for an unknown one."""
+    if config.model_type not in FAMILIES:
+        raise ModelError(f"model type {config.model_type!r} is not supported; known: {sorted(FAMILIES)}")
+    return FAMILIES[config.model_type]
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse folders that hold pickles instead of safetensors, or whose files name code to run (specs/ecosystem.md row 27)."""
+    for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json"):
+        path = folder / name
+        if path.is_file() and _names_code(json.loads(path.read_text(encoding="utf-8"))):
+            raise ModelError(f"{path} has 'auto_map', which runs code from the model folder; comatch never does. Use a model that stock transformers loads")
+    weights = [p for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
+    if weights and not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{folder} holds pickled weights ({weights[0].name}), which can run code on loading; convert them first, on a machine you can lose: "
+            "AutoModelForImageTextToText.from_pretrained(folder).save_pretrained(new_folder)"
+        )
+
+
+def _names_code(value: Any) -> bool:
+    if isinstance(value, dict):
+        return "auto_map" in value or any(map(_names_code, value.values()))
+    return isinstance(value, list) and any(map(_names_code, value))
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    shipped = sorted(p.name for p in SHIPPED.iterdir()) if SHIPPED.is_dir() else []
+    where = f"it is not a folder and not one of the shipped models {shipped}"
+    try:
+        patterns = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise ModelError(f"no model {name!r}: {where}, nor a hub id like 'Qwen/Qwen2.5-VL-3B-Instruct'") from error
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"model {name!r} could not be fetched: {where}, and the hub said: {type(error).__name__}. "
+            f"With a network: hf download {name}; then pass the folder, or set HF_HOME to the cache that has it"
+        ) from error

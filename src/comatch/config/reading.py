@@ -1,0 +1,188 @@
+"""From a YAML file and overrides to a RunConfig.
+
+Values come from the defaults, then the file, then `key.sub=value` overrides; the last one wins. An unknown
+key is refused with the nearest known one, a wrong type with what is allowed, and every message says which line or
+override it came from.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from pydantic import ValidationError
+
+from comatch import plain_yaml
+from comatch.config.schema import Part, RunConfig, show
+from comatch.errors import ConfigError, RecipeError
+from comatch.plain_yaml import Key
+from comatch.recipe import Recipe
+from comatch.recipes import load_recipe
+
+Origins = Mapping[Key, str]
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run in YAML file `path`, with `key.sub=value` overrides on top. Raises ConfigError."""
+    return resolve(path, overrides)[0]
+
+
+def resolve(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, Origins]:
+    """Like `load_config`, and where each value came from.
+
+    Origins look like {("seed",): "run.yaml:9", ("adapter", "r"): "command line"}; a key that is missing there
+    has its default.
+    """
+    data, lines = plain_yaml.parse(_read(Path(path)), str(path))
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} holds {show(data)}; a run is a mapping that starts with `name: ...`")
+    origins = {key: f"{path}:{line}" for key, line in lines.items()}
+    for override in overrides:
+        _apply(override, data, origins)
+    _check_stages(data, origins)
+    try:
+        config = RunConfig.model_validate(data)
+    except ValidationError as error:
+        problems = [_explain(problem, origins, str(path)) for problem in error.errors()]
+        raise ConfigError("\n".join(problems)) from None
+    _check_idle(config, origins)
+    return config, origins
+
+
+def dump(config: RunConfig) -> str:
+    """All values as YAML text, defaults included; `load_config` reads it back to an equal config."""
+    return plain_yaml.dump(config.model_dump(mode="json"))
+
+
+def _check_stages(data: Mapping[str, Any], origins: Origins) -> None:
+    """The stages named are the recipe's. Checked first: a misspelt stage would seem to lack its keys."""
+    name, stages = data.get("recipe"), data.get("stages")
+    if not isinstance(name, str) or not isinstance(stages, dict):
+        return
+    recipe = _recipe(name, None, origins)
+    known = [stage.name for stage in recipe.stages]
+    for stage in stages:
+        if stage not in known:
+            where = _origin(("stages", stage), origins, "stages")
+            hint = f"{_nearest(stage, known)}its stages: {known}"
+            raise ConfigError(f"{where}: recipe {recipe.name!r} has no stage {stage!r}; {hint}")
+
+
+def _check_idle(config: RunConfig, origins: Origins) -> None:
+    """K fits the recipe, and no contrastive setting stands in a stage that is not contrastive."""
+    recipe = _recipe(config.recipe, config.tokens, origins)
+    why = "has no effect in a stage that is not contrastive; remove it"
+    for name, run in config.stages.items():
+        if "contrastive" not in recipe.stage(name).objectives:
+            try:
+                run.refuse_changed(("temperature", "symmetric"), why)
+            except ValueError as error:
+                where = _origin(("stages", name), origins, "stages")
+                raise ConfigError(f"{where}: stages.{name}.{error}") from error
+
+
+def _recipe(name: str, tokens: int | None, origins: Origins) -> Recipe:
+    try:
+        return load_recipe(name).with_tokens(tokens)
+    except RecipeError as error:
+        where = _origin(("recipe",) if tokens is None else ("tokens",), origins, "recipe")
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        beside = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+        hint = f"{_nearest(path.name, beside)}YAML files in {str(path.parent)!r}: {beside or 'none'}"
+        raise ConfigError(f"config file {str(path)!r} does not exist; {hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {str(path)!r} cannot be read as UTF-8 text: {error}") from error
+
+
+def _apply(override: str, data: dict[str, Any], origins: dict[Key, str]) -> None:
+    """Put one `key.sub=value` into `data`, and note it in `origins`."""
+    name, equals, text = override.partition("=")
+    parts = name.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"override {override!r} is not of the form key=value, as in seed=1 or adapter.r=8")
+    value, inner = plain_yaml.parse(text, f"override {override!r}")
+    place = data
+    for depth, part in enumerate(parts[:-1], 1):
+        origins.setdefault(tuple(parts[:depth]), "command line")
+        if place.get(part) is None:
+            place[part] = {}
+        if not isinstance(place[part], dict):
+            whole = f"{_dotted(tuple(parts[:depth]))} is {show(place[part])}"
+            raise ConfigError(f"override {override!r}: {whole}, which has no parts to set")
+        place = place[part]
+    place[parts[-1]] = value
+    path: Key = tuple(parts)
+    for stale in [key for key in origins if key[: len(path)] == path]:
+        del origins[stale]
+    origins.update({(*path, *key): "command line" for key in ((), *inner)})
+
+
+# Explaining what pydantic refused
+
+
+def _explain(problem: Mapping[str, Any], origins: Origins, source: str) -> str:
+    loc: Key = tuple(step for step in problem["loc"] if step != "[key]")
+    where = _origin(loc, origins, source)
+    if problem["type"] == "extra_forbidden":
+        allowed = list(_fields(loc[:-1]))
+        hint = f"{_nearest_key(str(loc[-1]), allowed)}allowed here: {', '.join(allowed)}"
+        return f"{where}: unknown key {_dotted(loc)!r}; {hint}"
+    if problem["type"] == "missing" and isinstance(loc[-1], str):
+        return f"{where}: {_dotted(loc)} is missing; add it to {source} or give {_dotted(loc)}=..."
+    if problem["type"] == "value_error":
+        return f"{where}: {_dotted(loc) + ': ' if loc else ''}{problem['ctx']['error']}"
+    rule = re.sub(r" or instance of \w+", "", problem["msg"]).replace("Input should", "it should")
+    return f"{where}: {_dotted(loc)} is {show(problem['input'])}; {rule}"
+
+
+def _origin(loc: Key, origins: Origins, default: str) -> str:
+    """Where the value at `loc`, or else the nearest thing around it, was written."""
+    return next((origins[loc[:n]] for n in range(len(loc), 0, -1) if loc[:n] in origins), default)
+
+
+def _inner(annotation: Any) -> Any:
+    """The part inside `X | None` and `dict[str, X]`, or the annotation itself."""
+    if get_origin(annotation) is dict:
+        return _inner(get_args(annotation)[1])
+    return next((_inner(arg) for arg in get_args(annotation) if arg is not type(None)), annotation)
+
+
+def _fields(loc: Key) -> Mapping[str, Any]:
+    """The fields of the part at `loc`, as pydantic knows them."""
+    part: type[Part] = RunConfig
+    for step in loc:
+        if step in part.model_fields:  # otherwise a name in a mapping of parts, as in stages.match
+            part = _inner(part.model_fields[str(step)].annotation)
+    return part.model_fields
+
+
+def _all_keys(part: type[Part] = RunConfig, prefix: str = "") -> Iterator[str]:
+    for name, field in part.model_fields.items():
+        yield prefix + name
+        inner = _inner(field.annotation)
+        if isinstance(inner, type) and issubclass(inner, Part):
+            yield from _all_keys(inner, f"{prefix}{name}.{'STAGE.' if name == 'stages' else ''}")
+
+
+def _nearest_key(key: str, allowed: Sequence[str]) -> str:
+    """The nearest key here, or else keys of that name in other places."""
+    elsewhere = [name for name in _all_keys() if name.split(".")[-1] == key]
+    return _nearest(key, allowed) or "".join(f"did you mean {name!r}? " for name in elsewhere)
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {near[0]!r}? " if near else ""
+
+
+def _dotted(loc: Key) -> str:
+    return ".".join(str(step) for step in loc)

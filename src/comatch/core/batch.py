@@ -1,0 +1,69 @@
+"""The two shapes in which tokens travel: one Example, and a Batch of packed rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+
+import numpy as np
+import torch
+
+from comatch.recipe import ROLES
+
+ROLE_ID = {role: i for i, role in enumerate(ROLES)}
+PADDING = -1
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Example:
+    """One item or dialogue as a token row, made in loader workers without weights.
+
+    ids: [n] int64. roles: [n] int8, places in `comatch.recipe.ROLES`. labels: [n] int64, the token to predict FROM each place, or -100.
+    positions: [3, n] int64 (time, height, width of M-RoPE). patches: per picture uint8 [patches, 3 * patch * patch].
+    grids: per picture (time, height, width) in patches. cut: text tokens that were cut off to fit the window.
+    """
+
+    ids: np.ndarray
+    roles: np.ndarray
+    labels: np.ndarray
+    positions: np.ndarray
+    patches: tuple[np.ndarray, ...] = ()
+    grids: tuple[tuple[int, int, int], ...] = ()
+    cut: int = 0
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def supervised(self) -> int:
+        """Number of places that carry a next-token label."""
+        return int((self.labels != IGNORE).sum())
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples laid into rows; several examples may share a row.
+
+    ids, labels: [rows, seq] int64. roles: [rows, seq] int8, -1 on padding. example: [rows, seq] int64, index of the example, -1 on padding.
+    positions: [3, rows, seq] int64. patches: [patches, 3 * patch * patch] uint8, pictures in the order their tokens stand when rows are
+    read from left to right and top to bottom. grids: [pictures, 3] int64. size: number of examples.
+    """
+
+    ids: torch.Tensor
+    roles: torch.Tensor
+    labels: torch.Tensor
+    example: torch.Tensor
+    positions: torch.Tensor
+    patches: torch.Tensor
+    grids: torch.Tensor
+    size: int
+    tokens: int = field(default=0)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        moved = {
+            f.name: value.to(device, non_blocking=True)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), torch.Tensor)
+        }
+        return replace(self, **moved)

@@ -1,0 +1,204 @@
+"""Tables of data at rest, by row number: CSV, TSV, JSON lines, Parquet, or a folder of shards of one of these.
+
+A table is read through once when it is opened, so that a fault in its form is found before any work starts
+and named with file and line. Of text tables only the place of each row is kept, of Parquet a bounded number
+of row groups. Worker processes may share a table.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from comatch.data.text_tables import Csv, JsonLines, Row, Tsv
+from comatch.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+_CACHE_BYTES = 256 * 2**20
+_LARGEST_GROUP = 2**30
+_BATCH = 64
+
+
+class Table(Protocol):
+    """Rows by number. `filled` are the columns that have a value in some row."""
+
+    path: Path
+    columns: tuple[str, ...]
+    filled: frozenset[str]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> Row: ...
+
+    def rows(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
+        """All rows in order, none of them kept; `columns` are those needed."""
+        ...
+
+    def type_of(self, column: str) -> pa.DataType | None:
+        """What the file declares the column to hold, None where files of this kind declare nothing."""
+        ...
+
+
+def open_table(path: Path) -> Table:
+    """Open a file by its suffix, or a folder of files of one suffix as the shards of one table.
+
+    Raises DataError for what cannot be read, naming file and line, and for files without rows.
+    """
+    if path.is_dir():
+        return Shards(path)
+    if path.suffix.lower() not in _READERS:
+        raise DataError(f"{path} is no table; the name of a table ends in one of {', '.join(_READERS)}")
+    if not path.is_file():
+        raise DataError(f"there is no file {path}; check the path")
+    try:
+        table = _READERS[path.suffix.lower()](path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    if not len(table):
+        raise DataError(f"{path} holds no rows; a table needs at least one")
+    return table
+
+
+class Parquet:
+    """A Parquet file. Random access keeps row groups of at most 256 MiB together, so groups should be small."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = self._opened()
+        metadata = self._file.metadata
+        groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
+        self._ends = list(itertools.accumulate(group.num_rows for group in groups))
+        self._cache: OrderedDict[int, pa.Table] = OrderedDict()
+        largest = max((group.total_byte_size for group in groups), default=0)
+        if largest > _LARGEST_GROUP:
+            raise DataError(
+                f"{path} has a row group of {largest:,} bytes, allowed are {_LARGEST_GROUP:,}; "
+                "write it again with smaller ones: pyarrow.parquet.write_table(..., row_group_size=1000)"
+            )
+        schema = self._file.schema_arrow
+        if len(set(schema.names)) < len(schema.names):
+            raise DataError(f"{path} has columns of one name: {schema.names}; rename them")
+        self.columns = tuple(schema.names)
+        leaves = [[group.column(c) for group in groups] for c in range(metadata.num_columns)]
+        self.filled = frozenset(
+            chunks[0].path_in_schema.split(".")[0]
+            for chunks in leaves
+            if chunks and not all(map(_all_null, chunks))
+        )
+
+    def __reduce__(self) -> tuple[type[Parquet], tuple[Path]]:
+        return Parquet, (self.path,)
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, i: int) -> Row:
+        number = bisect.bisect_right(self._ends, i)
+        if number not in self._cache:
+            with self._reading():
+                self._cache[number] = self._file.read_row_group(number, use_threads=False)
+        self._cache.move_to_end(number)
+        while len(self._cache) > 1 and sum(group.nbytes for group in self._cache.values()) > _CACHE_BYTES:
+            self._cache.popitem(last=False)
+        group = self._cache[number]
+        row: Row = group.slice(i - self._ends[number] + group.num_rows, 1).to_pylist()[0]
+        return row
+
+    def rows(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
+        with self._reading():
+            for batch in self._opened().iter_batches(_BATCH, columns=columns, use_threads=False):
+                yield from batch.to_pylist()
+
+    def type_of(self, column: str) -> pa.DataType | None:
+        return self._file.schema_arrow.field(column).type
+
+    def _opened(self) -> pq.ParquetFile:
+        import pyarrow.parquet as pq
+
+        with self._reading():
+            return pq.ParquetFile(self.path, memory_map=True)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        import pyarrow as pa
+
+        try:
+            yield
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(
+                f"{self.path} is no readable Parquet file: {str(error).splitlines()[0]}"
+            ) from error
+
+
+def _all_null(chunk: pq.ColumnChunkMetaData) -> bool:
+    """True where the file's own statistics say that a column chunk holds no value."""
+    statistics = chunk.statistics
+    return statistics is not None and statistics.has_null_count and statistics.null_count == chunk.num_values
+
+
+class Shards:
+    """The tables of a folder, one after the other in order of their names. All must have the same columns."""
+
+    def __init__(self, path: Path) -> None:
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in _READERS)
+        kinds = sorted({file.suffix.lower() for file in files})
+        if len(kinds) != 1:
+            raise DataError(
+                f"{path} holds tables of {len(kinds)} kinds ({', '.join(kinds) or 'none'}); shards are files "
+                f"of one kind: {', '.join(_READERS)}"
+            )
+        self.path = path
+        self._shards = [open_table(file) for file in files]
+        self._ends = list(itertools.accumulate(map(len, self._shards)))
+        first = self._shards[0]
+        for shard in self._shards[1:]:
+            for column in (*first.columns, *shard.columns):
+                self._compare(first, shard, column)
+        self.columns = first.columns
+        self.filled = frozenset.union(*(shard.filled for shard in self._shards))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, i: int) -> Row:
+        number = bisect.bisect_right(self._ends, i)
+        shard = self._shards[number]
+        return shard[i - self._ends[number] + len(shard)]
+
+    def rows(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
+        return itertools.chain.from_iterable(shard.rows(columns) for shard in self._shards)
+
+    def type_of(self, column: str) -> pa.DataType | None:
+        return self._shards[0].type_of(column)
+
+    @staticmethod
+    def _compare(first: Table, shard: Table, column: str) -> None:
+        for one, other in ((first, shard), (shard, first)):
+            if column not in one.columns:
+                raise DataError(
+                    f"{one.path} has no column {column!r}, {other.path} has; all shards of a folder need the "
+                    "same columns"
+                )
+        if first.type_of(column) != shard.type_of(column):
+            raise DataError(
+                f"column {column!r} is {first.type_of(column)} in {first.path} and {shard.type_of(column)} "
+                f"in {shard.path}; make them equal"
+            )
+
+
+_READERS: dict[str, Callable[[Path], Table]] = {
+    ".csv": Csv,
+    ".tsv": Tsv,
+    ".jsonl": JsonLines,
+    ".ndjson": JsonLines,
+    ".parquet": Parquet,
+}
+TABLE_SUFFIXES = tuple(_READERS)

@@ -1,0 +1,150 @@
+"""Tables whose rows are lines of text: CSV, TSV and JSON lines. Read through once, then any row by its place in the file."""
+
+from __future__ import annotations
+
+import csv
+import json
+from array import array
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from comatch.errors import DataError
+
+Row = dict[str, Any]
+
+
+class Lines:
+    """The lines of an open file as text, and the number and offset of the next one. `name` stands in error messages."""
+
+    def __init__(self, file: BinaryIO, name: Path | str, offset: int = 0) -> None:
+        self.file, self.name, self.number, self.offset = file, name, 1, offset
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self.file.readline()
+        if not line:
+            raise StopIteration
+        try:
+            text = line.decode("utf-8-sig" if self.offset == 0 else "utf-8")
+        except UnicodeDecodeError as error:
+            byte = f"byte 0x{line[error.start]:02x} at place {error.start + 1}"
+            raise DataError(
+                f"{self.name}, line {self.number}: {byte} is not UTF-8; save the file as UTF-8"
+            ) from None
+        self.number += 1
+        self.offset += len(line)
+        return text
+
+
+class LineTable:
+    """A table of text lines; what one record is, the subclasses know."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.columns: tuple[str, ...] = ()
+        self._starts = array("q")
+        filled: dict[str, bool] = {}
+        for start, row in self._records():
+            self._starts.append(start)
+            for name, value in row.items():
+                filled[name] = filled.get(name, False) or value not in (None, "")
+        self.columns = self.columns or tuple(filled)
+        self.filled = frozenset(name for name, some in filled.items() if some)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, i: int) -> Row:
+        with closing(self._records(self._starts[i])) as records:
+            return next(records)[1]
+
+    def rows(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
+        return (row for _, row in self._records())
+
+    def type_of(self, column: str) -> None:
+        return None
+
+    def _records(self, start: int = 0) -> Generator[tuple[int, Row]]:
+        with self.path.open("rb") as file:
+            file.seek(start)
+            yield from self._parse(Lines(file, self.path, start))
+
+    def _parse(self, lines: Lines) -> Iterator[tuple[int, Row]]:
+        raise NotImplementedError
+
+
+class JsonLines(LineTable):
+    """One JSON object per line; blank lines are skipped."""
+
+    def _parse(self, lines: Lines) -> Iterator[tuple[int, Row]]:
+        start, number = lines.offset, lines.number
+        for text in lines:
+            if text.strip():
+                yield start, json_row(text, f"{self.path}, line {number}")
+            start, number = lines.offset, lines.number
+
+
+def json_row(text: str, where: str) -> Row:
+    """One line of JSON lines; `where` opens the message of the DataError."""
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if not text.endswith("\n"):
+            raise DataError(
+                f"{where}: the last line is cut off ({error}); delete it or write the file again"
+            ) from None
+        raise DataError(f"{where}: {error}; each line must be one JSON object") from None
+    if not isinstance(row, dict):
+        raise DataError(
+            f'{where}: found {type(row).__name__}; each line must be one JSON object, such as {{"text": ...}}'
+        )
+    return row
+
+
+class Csv(LineTable):
+    """Comma-separated values with a header; quoted fields may span lines."""
+
+    delimiter = ","
+
+    def _parse(self, lines: Lines) -> Iterator[tuple[int, Row]]:
+        reader = csv.reader(lines, strict=True, delimiter=self.delimiter)
+        while True:
+            start, where = lines.offset, f"{self.path}, line {lines.number}"
+            try:
+                fields = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                until = f" to {lines.number - 1}" if lines.number - 1 > int(where.rpartition(" ")[2]) else ""
+                raise DataError(
+                    f'{where}{until}: {error}; a quote inside a quoted field is written twice ("")'
+                ) from None
+            if not fields:
+                continue
+            if start == 0:
+                self._name(fields, where)
+                continue
+            if len(fields) != len(self.columns):
+                raise DataError(
+                    f"{where}: {len(fields)} fields, but {len(self.columns)} in the header; quote fields "
+                    f"that hold {self.delimiter!r}"
+                )
+            yield start, dict(zip(self.columns, fields, strict=True))
+
+    def _name(self, header: list[str], where: str) -> None:
+        names = tuple(name.strip() for name in header)
+        if len(set(names)) < len(names) or "" in names:
+            raise DataError(
+                f"{where}: column names {list(names)} must be there and differ; the first line is the header"
+            )
+        self.columns = names
+
+
+class Tsv(Csv):
+    """Tab-separated values with a header."""
+
+    delimiter = "\t"

@@ -1,0 +1,240 @@
+"""What a training method is, as frozen data that checks itself.
+
+A stage names its roles in sequence order, who may look at whom, what is trained and how vectors are pooled. That is all that
+separates the published methods (design.md section 3). A table that does not fit its roles, or a bottleneck that leaks, is refused
+when the object is made, before any weight is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from comatch.errors import RecipeError
+
+ROLES = ("context", "compression", "dialogue", "target")
+LETTERS = {".": "never", "c": "causal: key position <= query position", "f": "full"}
+POOLINGS = ("mean_compression", "last_compression", "mean", "last")
+OBJECTIVES = ("next_token", "contrastive")
+SUPERVISE = ("answers", "dialogue")
+LAYOUTS = ("raw", "chat")
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """Who may attend to whom: one row of letters per role, one letter per role looked at.
+
+    `table[i][j]` says how role i (the query) sees role j (the key): `.` never, `c` causal, `f` full.
+    Roles stand in sequence order, so `c` on a later role means never.
+    """
+
+    roles: tuple[str, ...]
+    table: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        _check_roles(self.roles)
+        n = len(self.roles)
+        if len(self.table) != n or any(len(row) != n for row in self.table):
+            raise RecipeError(
+                f"visibility {list(self.table)} does not fit {n} roles {list(self.roles)}: give {n} rows of {n} letters"
+            )
+        bad = sorted({letter for row in self.table for letter in row} - set(LETTERS))
+        if bad:
+            raise RecipeError(f"visibility {list(self.table)} has unknown letters {bad}; allowed: {LETTERS}")
+        blind = [role for i, role in enumerate(self.roles) if self.table[i][i] == "."]
+        if blind:
+            raise RecipeError(f"visibility {list(self.table)}: {blind} cannot see itself; put 'c' or 'f' on the diagonal")
+
+    def letter(self, query: str, key: str) -> str:
+        """The letter for one pair of roles."""
+        return self.table[self.roles.index(query)][self.roles.index(key)]
+
+    def sees(self, query: str, key: str) -> bool:
+        """Whether any token of role `query` looks at any token of role `key` in one layer."""
+        i, j = self.roles.index(query), self.roles.index(key)
+        return self.table[i][j] == "f" or (self.table[i][j] == "c" and j <= i)
+
+    def reaches(self, query: str, key: str, avoiding: str | None = None) -> bool:
+        """Whether `key` can influence `query` through any number of layers, not passing through `avoiding`."""
+        seen, stack = {query}, [query]
+        while stack:
+            role = stack.pop()
+            for other in self.roles:
+                if other != avoiding and other not in seen and self.sees(role, other):
+                    seen.add(other)
+                    stack.append(other)
+        return key in seen
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """A promise: `reader` learns of `hidden` only by way of `through`."""
+
+    reader: str = "dialogue"
+    through: str = "compression"
+    hidden: str = "context"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training run described as data.
+
+    `objectives` maps an objective's name to its weight. `supervise` chooses the dialogue tokens that carry loss: "answers" (the paper)
+    or "dialogue" (every token after the compression tokens, the released code). `layout` "raw" puts the context before any
+    turn (specs/coma.md 1.2), "chat" inside the first user turn, as a stock chat template does.
+    """
+
+    name: str
+    visibility: Visibility
+    objectives: Mapping[str, float]
+    pooling: str | None = None
+    supervise: str = "answers"
+    layout: str = "raw"
+    bottleneck: Bottleneck | None = None
+
+    def __post_init__(self) -> None:
+        roles = self.visibility.roles
+        _check_choice(f"stage {self.name!r}: supervise", self.supervise, SUPERVISE)
+        _check_choice(f"stage {self.name!r}: layout", self.layout, LAYOUTS)
+        if not self.objectives:
+            raise RecipeError(f"stage {self.name!r} trains nothing; name at least one objective of {list(OBJECTIVES)}")
+        for name, weight in self.objectives.items():
+            _check_choice(f"stage {self.name!r}: objective", name, OBJECTIVES)
+            if not weight > 0:
+                raise RecipeError(f"stage {self.name!r}: weight of {name} is {weight}; it must be above 0")
+        self._check_pooling(roles)
+        if "next_token" in self.objectives:
+            self._check_next_token(roles)
+        if self.bottleneck is not None:
+            self._check_bottleneck(self.bottleneck)
+
+    def _check_pooling(self, roles: tuple[str, ...]) -> None:
+        if self.pooling is None:
+            if "contrastive" in self.objectives:
+                raise RecipeError(f"stage {self.name!r} is contrastive and needs a pooling, one of {list(POOLINGS)}")
+            return
+        _check_choice(f"stage {self.name!r}: pooling", self.pooling, POOLINGS)
+        if self.pooling.endswith("compression") and "compression" not in roles:
+            raise RecipeError(f"stage {self.name!r}: pooling {self.pooling!r} needs the role 'compression', roles are {list(roles)}")
+
+    def _check_next_token(self, roles: tuple[str, ...]) -> None:
+        if "dialogue" not in roles:
+            raise RecipeError(f"stage {self.name!r}: next_token needs the role 'dialogue', roles are {list(roles)}")
+        peeking = [r for r in roles if self.visibility.letter(r, "dialogue") == "f" and self.visibility.reaches("dialogue", r)]
+        if peeking:
+            raise RecipeError(
+                f"stage {self.name!r}: next_token would see its own answer, because {peeking} sees 'dialogue' in full; use 'c' or '.'"
+            )
+
+    def _check_bottleneck(self, b: Bottleneck) -> None:
+        missing = [role for role in (b.reader, b.through, b.hidden) if role not in self.visibility.roles]
+        if missing:
+            raise RecipeError(f"stage {self.name!r}: bottleneck names {missing}, roles are {list(self.visibility.roles)}")
+        if self.visibility.reaches(b.reader, b.hidden, avoiding=b.through):
+            raise RecipeError(
+                f"stage {self.name!r}: the bottleneck leaks: {b.reader!r} reaches {b.hidden!r} without {b.through!r} in {list(self.visibility.table)}"
+            )
+        if not self.visibility.reaches(b.reader, b.hidden):
+            raise RecipeError(
+                f"stage {self.name!r}: {b.through!r} does not carry {b.hidden!r} to {b.reader!r} in {list(self.visibility.table)}; nothing could be learned"
+            )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An ordered list of stages, plus how to encode.
+
+    `tokens` is K, the number of compression tokens (0 where no stage has that role). `instruction` is a text put after the item and before
+    the compression tokens in every stage. The last stage with a pooling says how items become vectors.
+    """
+
+    name: str
+    stages: tuple[Stage, ...]
+    tokens: int = 0
+    instruction: str = ""
+    token_name: str = field(default="<|ctoken_pad_{}|>")
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise RecipeError(f"recipe {self.name!r} has no stages; give at least one")
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) < len(names):
+            raise RecipeError(f"recipe {self.name!r} has stages of the same name: {names}; names must differ")
+        needs = any("compression" in stage.visibility.roles for stage in self.stages)
+        if needs != (self.tokens > 0):
+            raise RecipeError(
+                f"recipe {self.name!r} has tokens={self.tokens} but {'a' if needs else 'no'} stage with the role 'compression'; set tokens to "
+                + ("1 or more" if needs else "0")
+            )
+
+    def stage(self, name: str) -> Stage:
+        """The stage of that name."""
+        _check_choice(f"recipe {self.name!r}: stage", name, tuple(stage.name for stage in self.stages))
+        return next(stage for stage in self.stages if stage.name == name)
+
+    @property
+    def encoding(self) -> Stage | None:
+        """The stage whose layout and pooling turn items into vectors: the last with a pooling; None for a plain VLM."""
+        return next((stage for stage in reversed(self.stages) if stage.pooling), None)
+
+    def with_tokens(self, tokens: int | None) -> Recipe:
+        """The same recipe with another number of compression tokens."""
+        return self if tokens is None else replace(self, tokens=tokens)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON and YAML; `Recipe.from_dict` reads it back to an equal object."""
+        out: dict[str, Any] = {"name": self.name, "tokens": self.tokens, "instruction": self.instruction}
+        out |= {"token_name": self.token_name, "stages": []}
+        for stage in self.stages:
+            row = {f.name: getattr(stage, f.name) for f in fields(stage) if f.name not in ("visibility", "bottleneck")}
+            row["objectives"] = dict(stage.objectives)
+            row["roles"], row["visibility"] = list(stage.visibility.roles), list(stage.visibility.table)
+            row["bottleneck"] = asdict(stage.bottleneck) if stage.bottleneck else None
+            out["stages"].append(row)
+        return out
+
+    def to_json(self) -> str:
+        """Canonical JSON text."""
+        return json.dumps(self.to_dict(), sort_keys=True)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """Read what `to_dict` wrote, or what a person wrote in YAML. Raises RecipeError on unknown or missing keys."""
+        _check_keys("recipe", data, {f.name for f in fields(cls)}, {"name", "stages"})
+        stages = []
+        for row in data["stages"]:
+            allowed = {f.name for f in fields(Stage)} | {"roles"}
+            _check_keys(f"stage {row.get('name')!r}", row, allowed, {"name", "roles", "visibility", "objectives"})
+            values = {key: value for key, value in row.items() if key != "roles"}
+            values["visibility"] = Visibility(tuple(row["roles"]), tuple(row["visibility"]))
+            if row.get("bottleneck") is not None:
+                _check_keys(f"stage {row['name']!r}: bottleneck", row["bottleneck"], {f.name for f in fields(Bottleneck)}, set())
+                values["bottleneck"] = Bottleneck(**row["bottleneck"])
+            stages.append(Stage(**values))
+        return cls(**{**data, "stages": tuple(stages)})
+
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        """Read `to_json` text back to an equal recipe."""
+        return cls.from_dict(json.loads(text))
+
+
+def _check_roles(roles: tuple[str, ...]) -> None:
+    unknown = [role for role in roles if role not in ROLES]
+    if unknown or not roles or len(set(roles)) < len(roles):
+        raise RecipeError(f"roles {list(roles)}: each must be one of {list(ROLES)}, at most once, at least one")
+
+
+def _check_choice(what: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise RecipeError(f"{what} is {value!r}; allowed: {list(allowed)}")
+
+
+def _check_keys(what: str, data: Mapping[str, Any], allowed: set[str], needed: set[str]) -> None:
+    if not isinstance(data, Mapping):
+        raise RecipeError(f"{what} must be a mapping of names to values, got {type(data).__name__}")
+    unknown, missing = sorted(set(data) - allowed), sorted(needed - set(data))
+    if unknown or missing:
+        raise RecipeError(f"{what}: unknown keys {unknown}, missing keys {missing}; allowed: {sorted(allowed)}")

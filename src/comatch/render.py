@@ -1,0 +1,144 @@
+"""A message and a stage become one token row with roles and supervised places.
+
+User text is plain text: a special token typed by a user is spelled out in ordinary tokens, so it never closes a turn, inserts a
+picture or imitates a compression token. Layouts: specs/coma.md 1.2 and 1.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from comatch.content import Dialogue, Image, Message, Text, Video
+from comatch.errors import ContentError, ModelError
+from comatch.recipe import Recipe, Stage
+
+SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
+
+
+@dataclass
+class Row:
+    """A token row under construction: ids, roles by name, which tokens are supervised, and its pictures in order."""
+
+    ids: list[int] = field(default_factory=list)
+    roles: list[str] = field(default_factory=list)
+    supervised: list[bool] = field(default_factory=list)
+    images: list[Image] = field(default_factory=list)
+    cut: int = 0
+
+    def add(self, ids: Sequence[int], role: str, supervised: bool = False) -> None:
+        self.ids.extend(ids)
+        self.roles.extend([role] * len(ids))
+        self.supervised.extend([supervised] * len(ids))
+
+
+class Renderer:
+    """Turns messages and dialogues into token rows for one tokenizer and recipe.
+
+    `image_tokens` maps a picture to its number of visual tokens (from its header). `window` is the longest row allowed; only text is cut.
+    `plain` gives the tokens of a text in which nothing is special.
+    """
+
+    def __init__(
+        self, tokenizer: Any, recipe: Recipe, image_tokens: Callable[[Image], int], first_token: int, window: int
+    ) -> None:
+        self.tokenizer, self.recipe, self.window = tokenizer, recipe, window
+        self.image_tokens = image_tokens
+        self.plain = lru_cache(maxsize=2**16)(self._plain)
+        self.compression = list(range(first_token, first_token + recipe.tokens))
+        self.special = {name: self._special_id(name) for name in SPECIAL}
+        self.image_id = self.special["<|image_pad|>"]
+        self.start, self.end = self.special["<|im_start|>"], self.special["<|im_end|>"]
+
+    def item(self, message: Message, stage: Stage) -> Row:
+        """Context and compression tokens of one item, as the stage lays them out."""
+        row = Row()
+        self._context(row, message, stage, reserve=0)
+        if "compression" in stage.visibility.roles:
+            row.add(self.compression, "compression")
+        return row
+
+    def dialogue(self, dialogue: Dialogue, stage: Stage) -> Row:
+        """Context, compression tokens where the stage has them, and every turn in ChatML.
+
+        Turns that do not fit the window are dropped from the end and counted in `cut`; the first turn must fit.
+        """
+        turns = [self._turn(i, question, answer, stage) for i, (question, answer) in enumerate(dialogue.turns)]
+        if not turns:
+            raise ContentError("a dialogue without turns; give at least one (question, answer) pair")
+        row = Row()
+        if stage.layout == "chat":
+            row.add([self.start, *self.plain("user\n")], "context")
+        self._context(row, dialogue.context, stage, reserve=len(turns[0].ids))
+        if "compression" in stage.visibility.roles:
+            row.add(self.compression, "compression")
+        for turn in turns:
+            if len(row.ids) + len(turn.ids) > self.window:
+                row.cut += len(turn.ids)
+                continue
+            row.ids += turn.ids
+            row.roles += turn.roles
+            row.supervised += turn.supervised
+        return row
+
+    def _plain(self, text: str) -> tuple[int, ...]:
+        """Tokens of a text in which nothing is special."""
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+
+    def prompt(self, question: str) -> list[int]:
+        """Tokens of one open user turn that waits for an answer."""
+        head = [self.start, *self.plain("user\n"), *self.plain(question), self.end, *self.plain("\n")]
+        return [*head, self.start, *self.plain("assistant\n")]
+
+    def _turn(self, index: int, question: str, answer: str, stage: Stage) -> Row:
+        everything = stage.supervise == "dialogue"
+        prompt = self.prompt(question)
+        if stage.layout == "chat" and index == 0:
+            prompt = prompt[1 + len(self.plain("user\n")) :]
+        row = Row()
+        row.add(prompt, "dialogue", everything)
+        row.add([*self.plain(answer), self.end], "dialogue", True)
+        row.add(self.plain("\n"), "dialogue", everything)
+        return row
+
+    def _context(self, row: Row, message: Message, stage: Stage, reserve: int) -> None:
+        pieces: list[Sequence[int]] = []
+        texts: list[int] = []
+        for part in message.parts:
+            if isinstance(part, Text):
+                texts.append(len(pieces))
+                lead = "\n" if pieces and stage.layout == "raw" else ""
+                pieces.append(self.plain(lead + part.text))
+            elif isinstance(part, Image | Video):
+                for image in part.frames if isinstance(part, Video) else (part,):
+                    pads = [self.image_id] * self.image_tokens(image)
+                    pieces.append([self.special["<|vision_start|>"], *pads, self.special["<|vision_end|>"]])
+                    row.images.append(image)
+        if self.recipe.instruction:
+            pieces.append(self.plain("\n" + self.recipe.instruction))
+        row.cut += self._cut(pieces, texts, reserve + len(row.ids))
+        for piece in pieces:
+            row.add(piece, "context")
+
+    def _cut(self, pieces: list[Sequence[int]], texts: list[int], reserve: int) -> int:
+        excess = sum(map(len, pieces)) + self.recipe.tokens + reserve - self.window
+        cut = 0
+        for i in sorted(texts, key=lambda i: -len(pieces[i])):
+            if excess <= cut:
+                break
+            take = min(len(pieces[i]), excess - cut)
+            pieces[i] = pieces[i][: len(pieces[i]) - take]
+            cut += take
+        if excess > cut:
+            raise ContentError(
+                f"its pictures alone take {excess - cut} tokens more than the window of {self.window}; lower images.max_pixels or pass fewer pictures"
+            )
+        return cut
+
+    def _special_id(self, name: str) -> int:
+        ids = self.tokenizer.encode(name, add_special_tokens=False)
+        if len(ids) != 1:
+            raise ModelError(f"the tokenizer has no single token {name!r}; use a Qwen2-VL, Qwen2.5-VL or Qwen3-VL tokenizer")
+        return int(ids[0])

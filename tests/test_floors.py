@@ -1,0 +1,140 @@
+"""The house stands: modules import only from levels below their own."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).resolve().parent.parent / "src" / "comatch"
+
+# From the ground up. A room imports rooms of lower lines and itself; rooms on one line never import each other.
+LEVELS = (
+    # floor 0: no torch
+    ("errors",),
+    ("plain_yaml", "headers"),
+    ("pictures",),
+    ("content",),
+    ("recipe",),
+    ("recipes",),
+    ("config",),
+    # floor 1: pure functions on tensors
+    ("core", "objectives"),
+    # floor 2
+    ("backbones", "data", "render"),
+    # floor 3
+    ("prepare",),
+    ("encoder",),
+    # floor 4
+    ("training", "synthesis", "evaluation", "analysis", "search", "export"),
+    # floor 5
+    ("serving", "cli"),
+    ("__main__",),
+)
+LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+FLOOR_0 = [room for rooms in LEVELS[:7] for room in rooms]
+
+
+def violations(module: str, source: str) -> list[str]:
+    """What is wrong with the imports of one module, `module` being its dotted name, as in "comatch.core.batch"."""
+    room = module.split(".")[1]
+    if room not in LEVEL:
+        return [f"{module}: room {room!r} stands on no floor; give it a line in LEVELS"]
+    wrong = []
+    for line, name in imports(ast.parse(source), module):
+        other = name.split(".")[1] if "." in name else "the package itself"
+        if other not in LEVEL:
+            wrong.append(f"{module}:{line} imports {name}, which is no room")
+        elif other != room and LEVEL[other] >= LEVEL[room]:
+            wrong.append(f"{module}:{line} imports {other}, which is not below {room}")
+    return wrong
+
+
+def imports(tree: ast.AST, module: str) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of every import of comatch, also inside functions; not under `if TYPE_CHECKING`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for child in node.orelse:
+                yield from imports(child, module)
+            continue
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = ".".join([*module.split(".")[: -node.level], *([node.module] if node.module else [])])
+            names = [f"{base}.{alias.name}" for alias in node.names] if base == "comatch" else [base]
+            names = ["comatch.errors" if name == "comatch.__version__" else name for name in names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+            names = [str(arg.value) for arg in node.args[:1] if isinstance(arg, ast.Constant)]
+        yield from ((node.lineno, name) for name in names if name.split(".")[0] == "comatch")
+        yield from imports(node, module)
+
+
+def modules() -> list[tuple[str, Path]]:
+    """Dotted name and file of every module but the package's own, which only re-exports and must be lazy."""
+    found = []
+    for path in sorted(SOURCE.rglob("*.py")):
+        parts = path.relative_to(SOURCE.parent).with_suffix("").parts
+        name = ".".join(part for part in parts if part != "__init__")
+        if name != "comatch":
+            # A package's own file is one deeper for relative imports.
+            found.append((f"{name}.__init__" if path.name == "__init__.py" else name, path))
+    return found
+
+
+def test_every_module_imports_only_from_below() -> None:
+    found = modules()
+    assert len(found) > 10
+    wrong = [line for name, path in found for line in violations(name, path.read_text(encoding="utf-8"))]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("comatch.core.batch", "import comatch.encoder"),
+        ("comatch.core.batch", "from comatch import encoder"),
+        ("comatch.core.batch", "from comatch import Encoder"),
+        ("comatch.core.batch", "import comatch"),
+        ("comatch.core.batch", "from ..encoder import Encoder"),
+        ("comatch.core.__init__", "from .. import encoder"),
+        ("comatch.core.batch", "def f():\n    if True:\n        from comatch.data.sources import open_source"),
+        ("comatch.core.batch", "try:\n    import torch\nexcept ImportError:\n    from comatch.cli import main"),
+        ("comatch.core.batch", "import importlib\nimportlib.import_module('comatch.encoder')"),
+        ("comatch.core.batch", "if TYPE_CHECKING:\n    pass\nelse:\n    import comatch.encoder"),
+        ("comatch.data.sources", "from comatch.backbones.base import Backbone"),
+        ("comatch.prepare", "from comatch.encoder import Encoder"),
+        ("comatch.pictures", "from comatch.content import Image"),
+        ("comatch.errors", "from comatch.recipe import Recipe"),
+        ("comatch.attic", "import math"),
+    ],
+)
+def test_a_violation_is_found(module: str, source: str) -> None:
+    assert len(violations(module, source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("comatch.encoder", "from comatch.prepare import Preparer\nfrom comatch.core import masks"),
+        ("comatch.core.masks", "from comatch.core.batch import Batch\nfrom .batch import Batch\nfrom . import batch"),
+        ("comatch.core.batch", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import comatch.encoder"),
+        ("comatch.training.run", "from comatch import __version__\nimport numpy\nfrom comatch_plugins import x"),
+        ("comatch.core.__init__", "from .batch import Batch"),
+    ],
+)
+def test_what_is_allowed_is_not_reported(module: str, source: str) -> None:
+    assert violations(module, source) == []
+
+
+def test_floor_0_loads_without_torch() -> None:
+    names = [f"comatch.{room}" for room in FLOOR_0]
+    code = f"import sys, {', '.join(names)}\nprint({{'torch', 'transformers', 'numpy', 'PIL'}} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "set()"
