@@ -7,7 +7,7 @@ PYTHON ?= python3
 # libraries. Where a build is there already it is kept. Another build: make venv TORCH=torch==2.15.0, or a wheel's path.
 TORCH ?= torch==2.13.0
 
-PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+PIP := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check
 READY := $(VENV)/.ready
 HAS_TORCH := $(VENV)/bin/python -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') is None)"
 

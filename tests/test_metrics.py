@@ -20,13 +20,16 @@ def unit(rng: np.random.Generator, n: int) -> np.ndarray:
 
 
 def fixture(seed: int = 0, n: int = 150, pool: int = 40, most_gold: int = 3) -> dict[str, Any]:
-    """Queries, pool, lists of unequal length that hold some candidates twice, and one to three gold ones each."""
+    """Queries, pool, lists of unequal length with some candidates twice, and one to three gold ones each."""
     rng = np.random.default_rng(seed)
     candidates = [list(rng.integers(pool, size=rng.integers(4, 60))) for _ in range(n)]
     gold = [list(set(rng.choice(c, size=rng.integers(1, most_gold + 1)))) for c in candidates]
     return {
-        "query_vectors": unit(rng, n), "candidate_vectors": unit(rng, pool), "candidates": candidates, "gold": gold,
-    }  # fmt: skip
+        "query_vectors": unit(rng, n),
+        "candidate_vectors": unit(rng, pool),
+        "candidates": candidates,
+        "gold": gold,
+    }
 
 
 def by_loop(

@@ -6,9 +6,10 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +32,16 @@ CARD = "comatch.json"
 ROWS = "compression.safetensors"
 FORMAT = 1
 WINDOW = 8192
+CHUNK = 512
+
+
+class Encoded(NamedTuple):
+    """A stretch of a stream. ids and float32 vectors [n, dim] of the good items; bad: (position, id, reason); cut: ids of shortened texts."""
+
+    ids: list[str]
+    vectors: Any
+    bad: list[tuple[int, str, str]]
+    cut: list[str]
 
 
 class Encoder:
@@ -120,24 +131,37 @@ class Encoder:
         """
         if on_error not in ("raise", "mark"):
             raise ContentError(f"on_error is {on_error!r}; allowed: 'raise', 'mark'")
-        if dim is not None and not 0 < dim <= self.dim:
-            raise ContentError(f"dim is {dim}; this model's vectors have {self.dim} numbers, pass 1 to {self.dim}")
         many = list(items) if isinstance(items, list | tuple) else [items]
         examples, errors = self._prepare(many, on_error)
-        vectors = np.zeros((len(many), self.dim), dtype=np.float32)
-        order = sorted(examples, key=lambda i: len(examples[i]))
-        for chosen in budget([len(examples[i]) for i in order], batch_tokens):
-            places = [order[i] for i in chosen]
-            vectors[places] = self.forward([examples[i] for i in places]).cpu().numpy()
-            if progress:
-                progress(len(places))
-        bad = [i for i in examples if not np.isfinite(vectors[i]).all() or not vectors[i].any()]
-        if bad:
-            raise ModelError(f"items {bad[:10]} got vectors with NaN or only zeros; the weights are damaged or overflow in {self.backbone.rows.dtype}")
-        if dim is not None:
-            vectors = vectors[:, :dim]
-            vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        if cut := [i for i, example in examples.items() if example.cut]:
+            warnings.warn(f"text of {len(cut)} items was longer than the window and was cut: items {cut[:10]}", stacklevel=2)
+        vectors = self._vectors(examples, len(many), dim, batch_tokens, progress)
         return vectors if on_error == "raise" else (vectors, errors)
+
+    def stream(
+        self,
+        items: Iterable[tuple[str, Any]],
+        *,
+        dim: int | None = None,
+        batch_tokens: int = 8192,
+        on_error: str = "raise",
+        chunk: int = CHUNK,
+        progress: Callable[[int], None] | None = None,
+    ) -> Iterator[Encoded]:
+        """Vectors of (id, item) pairs without end, `chunk` of them in memory at a time; each stretch equals `encode` of its items to the bit.
+
+        on_error: "raise" stops with a ContentError that names id and position; "mark" goes on and lists the bad in the stretch.
+        """
+        rows, position = iter(items), 0
+        while some := list(islice(rows, chunk)):
+            examples, errors = self._prepare([item for _, item in some], "mark")
+            bad = [(position + i, some[i][0], reason) for i, reason in errors.items()]
+            if bad and on_error == "raise":
+                raise ContentError(f"{bad[0][1]!r}: {bad[0][2]}", bad[0][0])
+            vectors = self._vectors(examples, len(some), dim, batch_tokens, progress)[list(examples)]
+            cut = [some[i][0] for i, example in examples.items() if example.cut]
+            yield Encoded([some[i][0] for i in examples], vectors, bad, cut)
+            position += len(some)
 
     @torch.no_grad()
     def forward(self, examples: Sequence[Example]) -> torch.Tensor:
@@ -195,10 +219,27 @@ class Encoder:
                 if on_error == "raise":
                     raise error.at(i) from error
                 errors[i] = error.reason
-        cut = [i for i, example in examples.items() if example.cut]
-        if cut:
-            warnings.warn(f"text of {len(cut)} items was longer than the window and was cut: items {cut[:10]}", stacklevel=3)
         return examples, errors
+
+    def _vectors(
+        self, examples: dict[int, Example], n: int, dim: int | None, batch_tokens: int, progress: Callable[[int], None] | None
+    ) -> np.ndarray:
+        if dim is not None and not 0 < dim <= self.dim:
+            raise ContentError(f"dim is {dim}; this model's vectors have {self.dim} numbers, pass 1 to {self.dim}")
+        vectors = np.zeros((n, self.dim), dtype=np.float32)
+        order = sorted(examples, key=lambda i: len(examples[i]))
+        for chosen in budget([len(examples[i]) for i in order], batch_tokens):
+            places = [order[i] for i in chosen]
+            vectors[places] = self.forward([examples[i] for i in places]).cpu().numpy()
+            if progress:
+                progress(len(places))
+        bad = [i for i in examples if not np.isfinite(vectors[i]).all() or not vectors[i].any()]
+        if bad:
+            raise ModelError(f"items {bad[:10]} got vectors with NaN or only zeros; the weights are damaged or overflow in {self.backbone.rows.dtype}")
+        if dim is not None:
+            vectors = vectors[:, :dim]
+            vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        return vectors
 
     def _load_trained(self, folder: Path, card: dict[str, Any]) -> None:
         if card["base"] is not None:

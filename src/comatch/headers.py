@@ -1,6 +1,6 @@
 """What a picture file says about itself, read by our own small parsers before any decoder runs.
 
-The format comes from magic bytes (never from a file name) and is one of six; width, height and orientation come
+The format, one of six, comes from magic bytes and never from a file name; width, height and orientation come
 from a bounded walk over the chunks of the file. Nothing is decompressed, so a hostile file costs nothing.
 Sources: PNG (W3C 2025), JPEG (ITU-T T.81), GIF89a, WebP (RFC 9649), TIFF 6.0, Exif 3.0.
 """
@@ -86,7 +86,8 @@ def _format(head: bytes) -> str:
             raise ImageError(f"is {hint}; allowed: {ALLOWED}")
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if text.startswith(b"<"):
-        svg = text.startswith(b"<svg") or (text.startswith((b"<?xml", b"<!")) and b"<svg" in text)
+        xml = text.startswith((b"<?xml", b"<!--")) and b"<html" not in text
+        svg = text.startswith((b"<svg", b"<!doctype svg")) or (xml and b"<svg" in text)
         hint = "SVG; render it to PNG first" if svg else "HTML or XML, often an error page saved as a picture"
         raise ImageError(f"is {hint}; allowed: {ALLOWED}")
     raise ImageError(f"is of no known picture format; allowed: {ALLOWED}")

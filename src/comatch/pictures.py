@@ -7,9 +7,9 @@ One rule for every kind of picture:
 - animation and pages: the first frame or page; later ones are never decoded, only the first must be whole
 - alpha (RGBA, LA, PA, palettes and key colours with transparency): laid on white
 - 16 bits (I;16, I): divided by 256, rounded down; values outside 0..65535 are refused, and so are floats
-- PNG of 2, 4 or 16 bits a channel with a transparent key colour: refused, its key is lost on the way to 8 bits
+- PNG of 2, 4 or 16 bits with a transparent key colour: refused, the key is lost on the way to 8 bits
 - CMYK, YCbCr, HSV, L, 1, P: Pillow's `convert("RGB")`; colour profiles are ignored
-- truncated files: refused; nothing global is set in Pillow
+- truncated files: refused, unless the cut took no pixel; nothing global is set in Pillow
 """
 
 from __future__ import annotations

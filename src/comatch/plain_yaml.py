@@ -1,8 +1,8 @@
 """YAML as people mean it: plain data only, and the line of every key.
 
 Values follow the core schema of YAML 1.2. PyYAML alone reads `5e-5` as text, `010` as eight, `1:30` as
-ninety, `no` as false, and lets the second of two equal keys win. Tags (and so code), anchors and aliases are refused:
-a config is data, written out.
+ninety, `no` as false, and lets the second of two equal keys win. Tags (and so code), anchors and aliases are
+refused: a config is data, written out.
 """
 
 from __future__ import annotations

@@ -22,6 +22,8 @@ SPECIAL = (
     "<|video_pad|>",
 )
 SPARE_ROWS = 64
+# The stock 0.02 suits a width of thousands; at 128 it leaves every layer near zero and training waits on a plateau.
+INIT = 0.08
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for p in m['content'] %}"
@@ -61,6 +63,7 @@ def make_config(tokenizer: PreTrainedTokenizerFast, **sizes: Any) -> Qwen2_5_VLC
         "eos_token_id": ids["<|im_end|>"],
         "pad_token_id": ids["<|endoftext|>"],
         "tie_word_embeddings": True,
+        "initializer_range": INIT,
     } | sizes
     vision = {
         "depth": 3,
@@ -71,6 +74,7 @@ def make_config(tokenizer: PreTrainedTokenizerFast, **sizes: Any) -> Qwen2_5_VLC
         "patch_size": 14,
         "window_size": 112,
         "fullatt_block_indexes": [0, 1, 2],
+        "initializer_range": INIT,
     }
     return Qwen2_5_VLConfig(
         text_config=text,

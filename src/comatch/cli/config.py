@@ -25,6 +25,7 @@ def command(
     import json
 
     from comatch.config import resolve
+    from comatch.plain_yaml import dump
 
     config, origins = resolve(file, overrides or [])
     values = config.model_dump(mode="json")
@@ -34,7 +35,7 @@ def command(
         return
     typer.echo(f"# digest {config.digest}")
     for key, value in _rows(values):
-        indent, name = "  " * (len(key) - 1), key[-1]
+        indent, name = "  " * (len(key) - 1), dump(key[-1], one_line=True).strip()
         shown = "" if value is None else f" {value}  # {origins.get(key, 'default')}"
         typer.echo(f"{indent}{name}:{shown}")
 

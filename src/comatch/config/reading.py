@@ -1,8 +1,8 @@
 """From a YAML file and overrides to a RunConfig.
 
 Values come from the defaults, then the file, then `key.sub=value` overrides; the last one wins. An unknown
-key is refused with the nearest known one, a wrong type with what is allowed, and every message says which line or
-override it came from.
+key is refused with the nearest known one, a wrong type with what is allowed, and every message says which
+line or override it came from.
 """
 
 from __future__ import annotations

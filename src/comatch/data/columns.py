@@ -31,7 +31,7 @@ IMAGE_NAMES = ("image", "file", "path", "image_path", "file_name")
 
 
 def check_columns(table: Table, columns: Mapping[str, str]) -> None:
-    """Refuse a column map with DataError: unknown roles, columns that are not there, hold nothing, or hold another type."""
+    """Refuse a column map: DataError for unknown roles and for columns missing, empty or of a wrong type."""
     for role, column in columns.items():
         if role not in ROLES:
             near = difflib.get_close_matches(role, ROLES, 1)
@@ -52,10 +52,9 @@ def check_columns(table: Table, columns: Mapping[str, str]) -> None:
 
 
 def side(row: Row, columns: Mapping[str, str], name: str, root: Path) -> list[Message]:
-    """The items of one side ("query", "positive", "negative", "dialogue") of a row; [] where its cells are empty.
+    """The items of one side of a row ("query", "positive", "negative", "dialogue"); [] where it is empty.
 
-    Cells with lists give one item per entry; a single cell beside a list is part of every item. Raises
-    ContentError.
+    Lists give one item per entry; a single cell beside a list is part of every item. Raises ContentError.
     """
     cells = {kind: _listed(row.get(columns.get(f"{name}.{kind}", ""))) for kind in ("image", "text")}
     lengths = {len(entries) for entries in cells.values() if len(entries) != 1}
@@ -79,20 +78,19 @@ def only(row: Row, columns: Mapping[str, str], name: str, root: Path) -> Message
 
 
 def turns(row: Row, columns: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-    """The (question, answer) pairs of a row, from a turns column or a question and an answer column. Raises ContentError.
+    """The (question, answer) pairs of a row, from its turns column or its question and answer columns.
 
     A turns cell is a list, or JSON of one: of {"question", "answer"}, of LLaVA's {"from": "human" or "gpt",
-    "value"}, or of chat messages {"role": "user" or "assistant", "content"}.
+    "value"}, or of chat messages {"role": "user" or "assistant", "content"}. Raises ContentError.
     """
     if "dialogue.turns" not in columns:
         pairs = [(row.get(columns["dialogue.question"]), row.get(columns["dialogue.answer"]))]
     else:
         cell = row.get(columns["dialogue.turns"])
         try:
-            entries = json.loads(cell) if isinstance(cell, str) else cell
-            pairs = _pairs(entries)
+            pairs = _pairs(json.loads(cell) if isinstance(cell, str) else cell)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ContentError(f"turns are not understood ({error}); {_WANTED['turns']}") from None
+            raise ContentError(f"turns are not understood ({error}); needed: {_WANTED['turns']}") from None
     for pair in pairs:
         for text in pair:
             if not isinstance(text, str) or not text.strip():
@@ -134,20 +132,15 @@ _WANTED = {
 def _fits(declared: pa.DataType, kind: str) -> bool:
     from pyarrow import types
 
-    def inner(dtype: pa.DataType) -> pa.DataType:
-        return (
-            dtype.value_type
-            if types.is_dictionary(dtype) or types.is_list(dtype) or types.is_large_list(dtype)
-            else dtype
-        )
-
-    dtype = inner(inner(declared))
-    string = types.is_string(dtype) or types.is_large_string(dtype) or types.is_string_view(dtype)
+    dtype = declared
+    while types.is_dictionary(dtype) or types.is_list(dtype) or types.is_large_list(dtype):
+        dtype = dtype.value_type
+    string: bool = types.is_string(dtype) or types.is_large_string(dtype) or types.is_string_view(dtype)
     if kind == "turns":
-        return string or types.is_struct(dtype)
+        return string or bool(types.is_struct(dtype))
     if kind == "image" and types.is_struct(dtype):
         return {dtype.field(i).name for i in range(dtype.num_fields)} <= {"bytes", "path"}
-    return string or (kind == "image" and (types.is_binary(dtype) or types.is_large_binary(dtype)))
+    return string or (kind == "image" and bool(types.is_binary(dtype) or types.is_large_binary(dtype)))
 
 
 def _listed(cell: Any) -> list[Any]:
@@ -165,16 +158,13 @@ def _pairs(entries: Any) -> list[tuple[Any, Any]]:
         raise TypeError(f"found {type(entries).__name__}")
     if all("question" in entry for entry in entries):
         return [(entry["question"], entry["answer"]) for entry in entries]
-    said = [
-        (entry["from"], entry["value"]) if "from" in entry else (entry["role"], entry["content"])
-        for entry in entries
-    ]
-    questions, answers = (
-        [what for who, what in said if who in names] for names in (("human", "user"), ("gpt", "assistant"))
-    )
-    spoken = [who for who, _ in said if who != "system"]
-    if len(questions) != len(answers) or any(who not in ("human", "user") for who in spoken[::2]):
-        raise ValueError(f"question and answer must take turns, found {spoken[:6]}")
-    return [
-        (question.replace("<image>", ""), answer) for question, answer in zip(questions, answers, strict=True)
-    ]
+    keys = ("from", "value") if "from" in entries[0] else ("role", "content")
+    said = [(entry[keys[0]], entry[keys[1]]) for entry in entries if entry[keys[0]] != "system"]
+    asked, answered = said[::2], said[1::2]
+    speakers = {who for who, _ in asked} <= {"human", "user"} and {who for who, _ in answered} <= {
+        "gpt",
+        "assistant",
+    }
+    if not speakers or len(asked) != len(answered):
+        raise ValueError(f"question and answer must take turns, found {[who for who, _ in said[:6]]}")
+    return [(asks.replace("<image>", ""), says) for (_, asks), (_, says) in zip(asked, answered, strict=True)]

@@ -1,4 +1,4 @@
-"""Items to embed, one after the other, from wherever a person has them: a folder of pictures, a table, standard input."""
+"""Items to embed, one after the other, from where a person has them: a folder, a table, standard input."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _pictures(root: Path) -> Iterator[Item]:
         for name in sorted(files):
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):
                 place = Path(folder, name).relative_to(root)
-                yield _item({"id": place.as_posix(), "image": str(place)}, 0, {"query.image": "image"}, root)
+                yield _item({"id": place.as_posix(), "image": place}, 0, {"query.image": "image"}, root)
     for error in closed:
         yield (
             Path(error.filename).relative_to(root).as_posix(),

@@ -1,4 +1,4 @@
-"""Where training rows come from. A kind of source is one record below: how rows are found, and what a row says.
+"""Where training rows come from. A source is one record below: how rows are found, and what a row says.
 
 A source is a map: `source.dialogue(i, epoch)` and `source.group(i, epoch)` depend on the seed and these two
 numbers alone, so any order, any number of workers and any restart see the same training units.
@@ -37,7 +37,7 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class Options:
-    """What the caller of `open_source` asked for. `root` is the folder that pictures named in a table must lie in."""
+    """What the caller of `open_source` asked for."""
 
     path: Path
     split: str
@@ -48,6 +48,7 @@ class Options:
 
     @property
     def root(self) -> Path:
+        """The folder that pictures named in a table must lie in."""
         return self.path if self.path.is_dir() else self.path.parent
 
 
@@ -55,8 +56,7 @@ class Options:
 class Record:
     """One kind of source, as three functions.
 
-    open      options -> rows and the options as they hold from then on; raises DataError before any row is
-              used
+    open      options -> rows, and the options as they hold from then on; DataError before any row is used
     dialogue  row, options, dice -> context and (question, answer) turns
     group     row, options, dice -> query, positives, hard negatives
     """
@@ -117,7 +117,8 @@ def open_source(
               and emoji: "direction", one of image-to-text (the picture asks), text-to-image and both (drawn
               for each row and epoch)
     dialogue  multi-turn (3 to 5 questions; of a table all it has), single-turn (one of these), description
-              (everything there is to say), caption (one sentence), mixed (each row multi-turn or description, drawn anew each epoch)
+              (everything there is to say), caption (one sentence), mixed (multi-turn or description, drawn
+              for each row and epoch)
 
     Raises DataError, naming what is allowed.
     """
@@ -225,7 +226,12 @@ def _open_table(options: Options) -> tuple[Rows, Options]:
             f"{options.path} has no split {options.split!r}: columns names no split column; its columns are "
             f"{', '.join(table.columns)}"
         )
-    return rows, Options(options.path, options.split, options.limit, options.seed, columns, options.dialogue)
+    if options.dialogue not in ("multi-turn", "single-turn"):
+        raise DataError(
+            f"dialogue {options.dialogue!r} is for scenes and emoji; a table has turns of its own: "
+            "multi-turn or single-turn"
+        )
+    return rows, replace(options, columns=columns)
 
 
 def _guessed(table: Table) -> dict[str, str]:
@@ -241,15 +247,8 @@ def _guessed(table: Table) -> dict[str, str]:
 
 def _table_dialogue(row: Row, options: Options, dice: Dice) -> tuple[Message, Turns]:
     _need(options, "a dialogue", ("dialogue.image", "dialogue.text"), ("dialogue.turns", "dialogue.answer"))
-    if options.dialogue not in ("multi-turn", "single-turn"):
-        raise DataError(
-            f"dialogue {options.dialogue!r} is for scenes and emoji; a table has its own turns: multi-turn "
-            "or single-turn"
-        )
-    spoken: Turns = turns(row, options.columns)
-    return only(row, options.columns, "dialogue", options.root), [
-        dice.pick(spoken)
-    ] if options.dialogue == "single-turn" else spoken
+    context, spoken = only(row, options.columns, "dialogue", options.root), turns(row, options.columns)
+    return context, [dice.pick(spoken)] if options.dialogue == "single-turn" else spoken
 
 
 def _table_group(row: Row, options: Options, dice: Dice) -> Pair:

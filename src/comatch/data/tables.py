@@ -1,4 +1,4 @@
-"""Tables of data at rest, by row number: CSV, TSV, JSON lines, Parquet, or a folder of shards of one of these.
+"""Tables of data at rest, by row number: CSV, TSV, JSON lines, Parquet, or a folder of shards of one kind.
 
 A table is read through once when it is opened, so that a fault in its form is found before any work starts
 and named with file and line. Of text tables only the place of each row is kept, of Parquet a bounded number
@@ -68,7 +68,7 @@ def open_table(path: Path) -> Table:
 
 
 class Parquet:
-    """A Parquet file. Random access keeps row groups of at most 256 MiB together, so groups should be small."""
+    """A Parquet file. Random access holds up to 256 MiB of row groups in each process."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -88,10 +88,9 @@ class Parquet:
             raise DataError(f"{path} has columns of one name: {schema.names}; rename them")
         self.columns = tuple(schema.names)
         leaves = [[group.column(c) for group in groups] for c in range(metadata.num_columns)]
+        held = [chunks[0].path_in_schema for chunks in leaves if not all(map(_all_null, chunks))]
         self.filled = frozenset(
-            chunks[0].path_in_schema.split(".")[0]
-            for chunks in leaves
-            if chunks and not all(map(_all_null, chunks))
+            name for name in schema.names if any(leaf == name or leaf.startswith(f"{name}.") for leaf in held)
         )
 
     def __reduce__(self) -> tuple[type[Parquet], tuple[Path]]:
@@ -148,7 +147,9 @@ class Shards:
     """The tables of a folder, one after the other in order of their names. All must have the same columns."""
 
     def __init__(self, path: Path) -> None:
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in _READERS)
+        files = sorted(
+            file for file in path.iterdir() if file.suffix.lower() in _READERS and file.name[0] != "."
+        )
         kinds = sorted({file.suffix.lower() for file in files})
         if len(kinds) != 1:
             raise DataError(

@@ -1,4 +1,4 @@
-"""Tables whose rows are lines of text: CSV, TSV and JSON lines. Read through once, then any row by its place in the file."""
+"""Tables of text lines, CSV, TSV and JSON lines: read through once, then any row by its place in the file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Row = dict[str, Any]
 
 
 class Lines:
-    """The lines of an open file as text, and the number and offset of the next one. `name` stands in error messages."""
+    """Lines of an open file as text, with number and offset of the next one; errors call the file `name`."""
 
     def __init__(self, file: BinaryIO, name: Path | str, offset: int = 0) -> None:
         self.file, self.name, self.number, self.offset = file, name, 1, offset
@@ -112,21 +112,24 @@ class Csv(LineTable):
 
     def _parse(self, lines: Lines) -> Iterator[tuple[int, Row]]:
         reader = csv.reader(lines, strict=True, delimiter=self.delimiter)
+        header = lines.offset == 0
         while True:
-            start, where = lines.offset, f"{self.path}, line {lines.number}"
+            start, number = lines.offset, lines.number
+            where = f"{self.path}, line {number}"
             try:
                 fields = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
-                until = f" to {lines.number - 1}" if lines.number - 1 > int(where.rpartition(" ")[2]) else ""
+                where += f" to {lines.number - 1}" if lines.number - 1 > number else ""
                 raise DataError(
-                    f'{where}{until}: {error}; a quote inside a quoted field is written twice ("")'
+                    f'{where}: {error}; a quote inside a quoted field is written twice ("")'
                 ) from None
             if not fields:
                 continue
-            if start == 0:
+            if header:
                 self._name(fields, where)
+                header = False
                 continue
             if len(fields) != len(self.columns):
                 raise DataError(

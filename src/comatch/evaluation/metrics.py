@@ -65,7 +65,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Difference:
-    """Model b minus model a over the same queries: mean, its 95 % interval, two-sided p of a sign-flip test."""
+    """Model b minus model a on the same queries: mean, 95 % interval, two-sided p of a sign-flip test."""
 
     mean: float
     low: float
@@ -126,7 +126,7 @@ def _outcome(
         return [0, 0, 0, 1, 0, 0, *(0 for _ in CUTS)]
     golds = np.sort(scores[gold & ~bad])[::-1]
     rivals = np.where(bad, np.inf, scores)[~gold]
-    # The i-th best gold stands behind the i golds before it and behind every rival that does not lose clearly.
+    # A gold one stands behind the better gold ones and behind every rival that does not clearly lose.
     ranks = np.arange(1, len(golds) + 1) + np.array(
         [np.sum(rivals >= g - TIE) for g in golds], dtype=np.int64
     )

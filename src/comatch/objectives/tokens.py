@@ -11,8 +11,6 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from comatch.core.batch import IGNORE
-
 
 def next_token(
     hidden: torch.Tensor,
@@ -24,10 +22,10 @@ def next_token(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy of each example, averaged over its supervised tokens.
 
-    hidden: [rows, seq, dim]. labels: [rows, seq], the token to predict from each place or -100. example: [rows, seq].
+    hidden: [rows, seq, dim]. labels: [rows, seq], the token to predict from each place, negative for none. example: [rows, seq].
     head: [n, dim] -> [n, vocabulary]. Returns (loss [size] float32, 0 where nothing is supervised; right [2] = tokens predicted right, tokens).
     """
-    chosen = labels != IGNORE
+    chosen = labels >= 0
     states, targets, owner = hidden[chosen], labels[chosen], example[chosen]
     losses, right = [], torch.zeros((), dtype=torch.long, device=hidden.device)
     for start in range(0, len(targets), chunk):

@@ -1,17 +1,19 @@
-"""A plain VLM: answer questions about what stands in the first user turn. It makes the base of comatch-nano."""
+"""A plain VLM: describe pictures, then also answer questions about them. It makes the base of comatch-nano.
+
+Dense descriptions come first, because they supervise every attribute at once; from questions alone a small model hardly learns to see.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
 
 from comatch.recipe import Recipe, Stage, Visibility
 
-RECIPES = (
-    Recipe(
-        "vlm",
-        (
-            Stage(
-                "answer",
-                Visibility(("context", "dialogue"), ("c.", "cc")),
-                {"next_token": 1.0},
-                layout="chat",
-            ),
-        ),
-    ),
+_DESCRIBE = Stage(
+    "describe",
+    Visibility(("context", "dialogue"), ("c.", "cc")),
+    {"next_token": 1.0},
+    layout="chat",
 )
+
+RECIPES = (Recipe("vlm", (_DESCRIBE, replace(_DESCRIBE, name="answer"))),)

@@ -55,14 +55,16 @@ class Index:
         self._read()
 
     @classmethod
-    def create(cls, path: str | Path, fingerprint: str, dim: int, *, prompt: str = "") -> Index:
-        """A new index in folder `path` for vectors of one encoder: its fingerprint, dimension and prompt."""
+    def create(
+        cls, path: str | Path, fingerprint: str, dim: int, *, prompt: str = "", model: str = ""
+    ) -> Index:
+        """A new index in folder `path` for one encoder's vectors: fingerprint, dim, prompt, and where it is."""
         if not fingerprint or dim < 1:
             raise SearchError(
                 f"fingerprint {fingerprint!r} and dim {dim}: an index needs its encoder's fingerprint and a "
                 "dim above 0"
             )
-        return cls(Store.create(Path(path), Manifest(fingerprint, dim, prompt)))
+        return cls(Store.create(Path(path), Manifest(fingerprint, dim, prompt, model=model)))
 
     @classmethod
     def open(
@@ -73,7 +75,7 @@ class Index:
         dim: int | None = None,
         prompt: str | None = None,
     ) -> Index:
-        """The index in folder `path`. Say what your encoder is, and an index made by another one is refused."""
+        """The index in folder `path`. Say what your encoder is, and another encoder's index is refused."""
         store = Store(Path(path))
         own = asdict(store.manifest)
         for key, given in (("fingerprint", fingerprint), ("dim", dim), ("prompt", prompt)):
@@ -96,7 +98,7 @@ class Index:
         return self._store.manifest.dim
 
     def add(self, ids: Sequence[str], vectors: npt.ArrayLike, rows: Sequence[Record] | None = None) -> None:
-        """Store unit vectors [n, dim] under n ids, each with a row that JSON can hold. Known ids are replaced."""
+        """Store unit vectors [n, dim] under n ids, each with a row fit for JSON. Known ids are replaced."""
         new = self._checked(vectors, "vector")
         rows = [{} for _ in ids] if rows is None else rows
         if not len(ids) == len(new) == len(rows):
@@ -110,7 +112,7 @@ class Index:
             self._append([{**row, "id": i} for i, row in zip(ids, rows, strict=True)], new)
 
     def delete(self, ids: Iterable[str]) -> None:
-        """Forget these ids at once; their vectors leave the disk by `compact`, or as soon as most stored vectors are dead."""
+        """Forget these ids. Their vectors leave the disk by `compact`, or once most stored ones are dead."""
         gone = list(dict.fromkeys(ids))
         unknown = [i for i in gone if i not in self._place]
         if unknown:
@@ -127,9 +129,9 @@ class Index:
             self._read()
 
     def search(self, vector: npt.ArrayLike, k: int = 10) -> list[Hit]:
-        """The k best rows for one unit vector ([dim] or [1, dim]), best first, equal scores in order of arrival.
+        """The k best rows for one unit vector, [dim] or [1, dim]; fewer where the index is smaller.
 
-        Fewer than k where the index is smaller.
+        Best first, equal scores in order of arrival.
         """
         found = self.search_many(np.atleast_2d(np.asarray(vector, dtype=np.float32)), k)
         if len(found) != 1:
@@ -164,7 +166,7 @@ class Index:
         )
 
     def known(self, digests: Iterable[str]) -> dict[str, str]:
-        """Those of these content digests that some row has as its "digest", with that row's id: nothing to encode again."""
+        """Those digests that some row has as its "digest", with its id: no need to encode them again."""
         held = {row["digest"]: id for id, row in self._rows.items() if "digest" in row}
         return {digest: held[digest] for digest in digests if digest in held}
 
@@ -195,9 +197,9 @@ class Index:
         self.close()
 
     def _scores(self, queries: Floats) -> Floats:
-        """Cosines with every written vector, [queries, written], to the six decimals that a float32 product is sure of.
+        """Cosines with every written vector, [queries, written], to six decimals.
 
-        Unrounded, equal vectors would differ in the last bit by where they stand in the matrix.
+        Float32 products are sure of no more: equal vectors would differ in the last bit by their place.
         """
         blocks = [
             queries @ self._matrix[at : at + _ROW_BLOCK].T for at in range(0, len(self._matrix), _ROW_BLOCK)

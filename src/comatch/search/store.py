@@ -40,6 +40,7 @@ class Manifest:
     """The content of index.json.
 
     fingerprint, dim, prompt, metric   the encoder whose vectors these are
+    model                              name or folder it was loaded from, where known
     count                              living rows
     written, rows_bytes                vectors and bytes of rows that count, dead ones included
     generation                         number in the two file names; a compaction starts the next
@@ -50,6 +51,7 @@ class Manifest:
     dim: int
     prompt: str = ""
     metric: str = "cosine"
+    model: str = ""
     count: int = 0
     written: int = 0
     rows_bytes: int = 0

@@ -46,24 +46,48 @@ class Plan:
     stages: list[tuple[Stage, StageRun, Source]]
 
 
-def plan(config: RunConfig, backbone: Backbone | None = None) -> Plan:
-    """Check a config against its recipe and build model and sources. Raises ConfigError before anything heavy is loaded."""
+def plan(config: RunConfig) -> Plan:
+    """Check a config against its recipe, open its data and load its model. Raises ConfigError or DataError before anything heavy is loaded."""
     recipe = load_recipe(config.recipe).with_tokens(config.tokens)
-    known = [stage.name for stage in recipe.stages]
-    unknown = sorted(set(config.stages) - set(known))
-    if unknown or not config.stages:
-        raise ConfigError(f"stages {unknown or '{}'}: recipe {recipe.name!r} has {known}; name at least one of them under 'stages'")
-    sources = [(stage, run, _source(config, run)) for stage in recipe.stages if (run := config.stages.get(stage.name))]
-    if backbone is None:
+    check_stages(config, recipe)
+    stages = [(stage, run, stage_source(config, run)) for stage in recipe.stages if (run := config.stages.get(stage.name))]
+    if config.model == UNTRAINED:
+        with TemporaryDirectory() as scratch:
+            make_nano(Path(scratch), nano_texts(), seed=config.seed)
+            backbone = Backbone.load(scratch, recipe, seed=config.seed)
+    else:
         low = torch.bfloat16 if config.precision == "bf16" and config.adapter.kind != "full" else torch.float32
-        if config.model == UNTRAINED:
-            with TemporaryDirectory() as scratch:
-                make_nano(Path(scratch), nano_texts(), seed=config.seed)
-                backbone = Backbone.load(scratch, recipe)
-        else:
-            backbone = Backbone.load(config.model, recipe, dtype=low, revision=config.revision, seed=config.seed)
+        backbone = Backbone.load(config.model, recipe, dtype=low, revision=config.revision, seed=config.seed)
+    return Plan(config, recipe, plan_encoder(config, recipe, backbone), stages)
+
+
+def check_stages(config: RunConfig, recipe: Recipe) -> None:
+    """Raise ConfigError where a config trains a stage that its recipe does not have."""
+    known = [stage.name for stage in recipe.stages]
+    if unknown := sorted(set(config.stages) - set(known)):
+        raise ConfigError(f"stages {unknown}: recipe {recipe.name!r} has {known}; use those names under 'stages'")
+
+
+def plan_encoder(config: RunConfig, recipe: Recipe, backbone: Backbone) -> Encoder:
+    """The encoder that a run trains, with the config's image limits."""
     images = ImageSettings.from_processor(backbone.processor).limited(config.images.min_pixels, config.images.max_pixels)
-    return Plan(config, recipe, Encoder(backbone, recipe, images), sources)
+    return Encoder(backbone, recipe, images)
+
+
+def stage_source(config: RunConfig, run: StageRun) -> Source:
+    """The data of one stage: its own, or the run's."""
+    data = run.data or config.data
+    return open_source(
+        data.source, path=data.path, split=data.split, limit=data.limit, seed=config.seed, columns=data.columns, dialogue=data.dialogue
+    )
+
+
+def open_parameters(config: RunConfig, backbone: Backbone) -> None:
+    """Freeze everything but what the run trains, and keep that in float32."""
+    a = config.adapter
+    adapters.attach(backbone, a.kind, r=a.r, alpha=a.alpha, dropout=a.dropout, targets=tuple(a.targets), train_vision=a.train_vision)
+    backbone.rows.requires_grad_(len(backbone.rows) > 0)
+    adapters.cast_trainable(backbone)
 
 
 def train(config: RunConfig, *, overwrite: bool = False, quiet: bool = False) -> Path:
@@ -150,18 +174,8 @@ def nano_texts() -> list[str]:
     return texts + [topics[name] for name in sorted(topics)]
 
 
-def _source(config: RunConfig, run: StageRun) -> Source:
-    data = run.data or config.data
-    return open_source(
-        data.source, path=data.path, split=data.split, limit=data.limit, seed=config.seed, columns=data.columns, dialogue=data.dialogue
-    )
-
-
 def _prepare(accelerator: Accelerator, config: RunConfig, backbone: Backbone, run: StageRun) -> tuple[nn.Module, Any, Any]:
-    a = config.adapter
-    adapters.attach(backbone, a.kind, r=a.r, alpha=a.alpha, dropout=a.dropout, targets=tuple(a.targets), train_vision=a.train_vision)
-    backbone.rows.requires_grad_(len(backbone.rows) > 0)
-    adapters.cast_trainable(backbone)
+    open_parameters(config, backbone)
     params = list(adapters.trainable(backbone).values())
     o = run.optim
     optimizer = torch.optim.AdamW(params, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)

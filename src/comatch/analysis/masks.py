@@ -1,0 +1,235 @@
+"""Is the bottleneck real? Attention and gradients of the compression stage, measured on the model itself.
+
+A recipe's table is a promise. Here a recording attention function sees how much the dialogue attends to the context in every layer and
+head, and the gradient of the answer loss is followed back to the pictures, with and without the way through the compression tokens
+(specs/coma.md sections 2.1 and 10).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from comatch.backbones.base import Backbone, Vision
+from comatch.content import Dialogue
+from comatch.core.batch import IGNORE, ROLE_ID, Batch
+from comatch.core.packing import budget, collate
+from comatch.encoder import Encoder
+from comatch.errors import ContentError, RecipeError
+from comatch.objectives.tokens import next_token
+from comatch.recipe import Bottleneck, Recipe, Stage
+
+TOKENS = 2048
+_NAME = "comatch_watched"
+
+
+@dataclass(frozen=True, eq=False)
+class MaskReport:
+    """What the layers of one stage do, over all dialogues that were shown.
+
+    declared: whether the recipe promises this bottleneck (without it, the report tells how much leaks). leak: [layers, heads], the largest
+    single attention weight from the bottleneck's reader to what is hidden. mass: [layers, heads, roles, roles], the share of a role's
+    attention (third axis) that goes to a role (fourth), mean over its tokens. difference: largest gap between the model's attention and the
+    recorded weights times the values, in parts of the largest value. gradient: of the answer loss with respect to the picture features,
+    the largest entry of the dialogue where it is smallest. gradient_cut: the largest of all dialogues, with the keys and values
+    of the compression tokens detached.
+    """
+
+    recipe: str
+    stage: str
+    declared: bool
+    bottleneck: Bottleneck
+    dialogues: int
+    roles: tuple[str, ...]
+    leak: np.ndarray
+    mass: np.ndarray
+    difference: float
+    tolerance: float
+    gradient: float
+    gradient_cut: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the bottleneck holds exactly, and carries something."""
+        return not self.faults
+
+    @property
+    def leaked(self) -> float:
+        """Mean share of the reader's attention that goes to what should be hidden, over layers and heads."""
+        return float(self.mass[:, :, self.roles.index(self.bottleneck.reader), self.roles.index(self.bottleneck.hidden)].mean())
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """What is wrong, one sentence each; empty where the bottleneck holds."""
+        b, found = self.bottleneck, []
+        if not self.difference <= self.tolerance:
+            found.append(f"the recorded weights are not the model's attention: off by {self.difference:.2g}, allowed {self.tolerance:.2g}")
+        if not (self.leak == 0).all():
+            layer, head = np.unravel_index(np.nanargmax(self.leak), self.leak.shape)
+            found.append(
+                f"{b.reader} attends to {b.hidden}: weights up to {self.leak.max():.3g} (layer {layer}, head {head}), "
+                f"{self.leaked:.1%} of its attention on average"
+            )
+        if not self.gradient > 0:
+            found.append(f"no gradient from the answers to the picture ({self.gradient:.2g}): {b.through} carries nothing of {b.hidden}")
+        if self.gradient_cut != 0:
+            found.append(f"with {b.through} cut out, the answers still reach the picture: gradient up to {self.gradient_cut:.2g}, uncut {self.gradient:.2g}")
+        return tuple(found)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        plain = asdict(self) | {"leak": self.leak.tolist(), "mass": self.mass.tolist(), "roles": list(self.roles)}
+        return plain | {"ok": self.ok, "leaked": self.leaked, "faults": list(self.faults)}
+
+
+def dialogue_stage(recipe: Recipe) -> Stage | None:
+    """The stage to check: the one with a bottleneck, else one with a dialogue after compression tokens, else None."""
+    for stage in recipe.stages:
+        if stage.bottleneck is not None:
+            return stage
+    return next((s for s in recipe.stages if {"context", "compression", "dialogue"} <= set(s.visibility.roles)), None)
+
+
+def mask_check(encoder: Encoder, dialogues: Sequence[Dialogue]) -> MaskReport:
+    """Run the stage with the bottleneck over dialogues about pictures, and report what attends to what and where gradients flow.
+
+    Weights stay as they are. Raises RecipeError where the recipe has no such stage, ContentError where a dialogue shows no picture.
+    """
+    stage = dialogue_stage(encoder.recipe)
+    if stage is None:
+        raise RecipeError(
+            f"recipe {encoder.recipe.name!r} has no stage with the roles context, compression and dialogue, so no bottleneck to check; "
+            "try a model of the recipe coma"
+        )
+    blind = [i for i, dialogue in enumerate(dialogues) if not dialogue.context.images]
+    if blind or not dialogues:
+        raise ContentError(f"the mask check needs dialogues about pictures; got {len(dialogues)}, without a picture: {blind[:10]}")
+    promise = stage.bottleneck or Bottleneck()
+    examples = [encoder.preparer.dialogue(dialogue, stage) for dialogue in dialogues]
+    watch = _Watch(stage.visibility.roles, promise)
+    free: list[float] = []
+    cut: list[float] = []
+    for chosen in budget([len(example) for example in examples], TOKENS):
+        batch = collate([examples[i] for i in chosen]).to(encoder.backbone.device)
+        with torch.no_grad(), attending(encoder.backbone, watch.recorder(batch)):
+            encoder.backbone(batch, stage.visibility)
+        free += _gradients(encoder.backbone, batch, stage, promise)
+        with attending(encoder.backbone, _without(batch, promise.through)):
+            cut += _gradients(encoder.backbone, batch, stage, promise)
+    return MaskReport(
+        recipe=encoder.recipe.name,
+        stage=stage.name,
+        declared=stage.bottleneck is not None,
+        bottleneck=promise,
+        dialogues=len(dialogues),
+        roles=watch.roles,
+        leak=torch.stack([watch.leak[layer] for layer in sorted(watch.leak)]).cpu().numpy(),
+        mass=torch.stack([watch.mass[layer] for layer in sorted(watch.mass)]).cpu().numpy() / watch.tokens.cpu().numpy()[:, None],
+        difference=watch.difference,
+        tolerance=watch.tolerance,
+        gradient=min(free),
+        gradient_cut=max(cut),
+    )
+
+
+def attention_weights(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Softmax of the masked scores, written out.
+
+    query: [batch, heads, seq, head_dim]. key: [batch, key_heads, seq, head_dim]. mask: bool [batch, 1, seq, seq]. Returns float32
+    [batch, heads, seq, seq]; rows sum to 1 and what the mask forbids is exactly 0.
+    """
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scores = query.float() @ key.float().transpose(2, 3) * scaling
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1)
+
+
+@contextmanager
+def attending(backbone: Backbone, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Inside the block the language model's attention is `wrap(the function it has)`."""
+    config = backbone.text.config
+    before = config._attn_implementation
+    AttentionInterface.register(_NAME, wrap(ALL_ATTENTION_FUNCTIONS[before]))
+    config._attn_implementation = _NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+class _Watch:
+    """Sums up attention weights over passes, layer by layer, so that no more than one layer's weights are in memory."""
+
+    def __init__(self, roles: tuple[str, ...], promise: Bottleneck) -> None:
+        self.roles, self.promise = roles, promise
+        self.leak: dict[int, torch.Tensor] = {}
+        self.mass: dict[int, torch.Tensor] = {}
+        self.tokens = torch.zeros(len(roles))
+        self.difference = self.tolerance = 0.0
+
+    def recorder(self, batch: Batch) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """What `attending` needs to record one batch."""
+        ids = torch.tensor([ROLE_ID[role] for role in self.roles], device=batch.roles.device)
+        places = (batch.roles.unsqueeze(-1) == ids).float()
+        reader, hidden = (places[..., self.roles.index(role)].bool() for role in (self.promise.reader, self.promise.hidden))
+        forbidden = (reader.unsqueeze(2) & hidden.unsqueeze(1)).unsqueeze(1)
+        self.tokens = self.tokens.to(places.device) + places.sum((0, 1))
+
+        def wrap(inner: Callable[..., Any]) -> Callable[..., Any]:
+            def record(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **rest: Any) -> Any:
+                out, nothing = inner(module, query, key, value, mask, **rest)
+                weights = attention_weights(query, key, rest["visibility_mask"], rest["scaling"])
+                self._compare(weights, value, out)
+                layer = module.layer_idx
+                leak = torch.where(forbidden, weights, 0).amax((0, 2, 3))
+                mass = torch.einsum("bhqk,bks,bqr->hrs", weights, places, places)
+                self.leak[layer] = torch.maximum(self.leak[layer], leak) if layer in self.leak else leak
+                self.mass[layer] = self.mass[layer] + mass if layer in self.mass else mass
+                return out, nothing
+
+            return record
+
+        return wrap
+
+    def _compare(self, weights: torch.Tensor, value: torch.Tensor, out: torch.Tensor) -> None:
+        value = value.repeat_interleave(weights.shape[1] // value.shape[1], dim=1)
+        plain = (weights @ value.float()).transpose(1, 2)
+        self.difference = max(self.difference, float((plain - out).abs().max() / value.abs().max()))
+        self.tolerance = 1e-4 if out.dtype == torch.float32 else 2e-2
+
+
+def _without(batch: Batch, role: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Attention that passes the same numbers, but no gradient through keys and values of a role."""
+    cut = (batch.roles == ROLE_ID[role])[:, None, :, None]
+
+    def wrap(inner: Callable[..., Any]) -> Callable[..., Any]:
+        def detached(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **rest: Any) -> Any:
+            key, value = (torch.where(cut, x.detach(), x) for x in (key, value))
+            return inner(module, query, key, value, mask, **rest)
+
+        return detached
+
+    return wrap
+
+
+def _gradients(backbone: Backbone, batch: Batch, stage: Stage, promise: Bottleneck) -> list[float]:
+    """Per dialogue the largest entry of the gradient of its answer loss with respect to its picture features (deepstack ones included)."""
+    with torch.no_grad():
+        seen = backbone.see(batch)
+    if seen is None:
+        raise ContentError("the mask check needs pictures, and this batch has none")
+    leaves = [features.detach().requires_grad_() for features in (seen.tokens, *seen.deep)]
+    hidden = backbone(batch, stage.visibility, Vision(leaves[0], tuple(leaves[1:])))
+    # Only what the reader itself predicts: where a stage supervises every token, the last compression token predicts one too.
+    labels = batch.labels.masked_fill(batch.roles != ROLE_ID[promise.reader], IGNORE)
+    losses, _ = next_token(hidden, labels, batch.example, batch.size, backbone.head)
+    found = torch.autograd.grad(losses.sum(), leaves)
+    size = torch.stack([gradient.float().abs().amax(-1) for gradient in found]).amax(0)
+    owner = batch.example[batch.ids == backbone.image_id]
+    return torch.zeros(batch.size, device=size.device).scatter_reduce(0, owner, size, "amax").tolist()
