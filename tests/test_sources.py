@@ -1,39 +1,25 @@
-"""Sources give the same units in any order and process, say the truth, and name what is wrong with a file."""
+"""Sources give the same units in any order and process, say the truth, and refuse what they cannot read."""
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import pickle
-import sys
-import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import EMOJI, needs_emoji
 from PIL import Image as PILImage
+from table_files import KINDS, ROWS, pixels, png, written
 
-from comatch.content import Message, Text
+from comatch.content import Message
 from comatch.data.items import read_items
 from comatch.data.scenes import scene
 from comatch.data.sources import MODES, open_source
-from comatch.data.tables import Parquet, open_table
 from comatch.errors import ContentError, DataError, ImageError
-
-
-def png(colour: int) -> bytes:
-    out = io.BytesIO()
-    PILImage.new("RGB", (8, 8), (colour % 256, 7, 9)).save(out, "PNG")
-    return out.getvalue()
-
-
-def pixels(message: Message) -> bytes:
-    return message.images[0].load().tobytes()
 
 
 @pytest.fixture(scope="session")
@@ -50,45 +36,6 @@ def emoji(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]  # fmt: skip
     pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=10)
     return path
-
-
-ROWS = [
-    {"caption": 'a "red" cat, sitting', "file": "0.png", "other": "α\nβ"},
-    {"caption": "a dog", "file": "sub/1.png", "other": ""},
-    {"caption": "bird, 日本", "file": "2.png", "other": "x"},
-]
-
-
-def written(folder: Path, kind: str, rows: list[dict[str, Any]]) -> Path:
-    """The rows as a table of a kind, with the pictures they name beside it."""
-    path = folder / f"t.{kind}"
-    (folder / "sub").mkdir(exist_ok=True)
-    for i, row in enumerate(rows):
-        if isinstance(row.get("file"), str) and not row["file"].startswith(("/", "..")):
-            (folder / row["file"]).write_bytes(png(i * 40))
-    if kind == "parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=2)
-    elif kind == "jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    else:
-        with path.open("w", newline="", encoding="utf-8-sig") as file:
-            writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if kind == "tsv" else ",")
-            writer.writeheader()
-            writer.writerows(rows)
-    return path
-
-
-KINDS = ("csv", "tsv", "jsonl", "parquet")
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_table_gives_the_same_rows(kind: str, tmp_path: Path) -> None:
-    table = open_table(written(tmp_path, kind, ROWS))
-    assert [table[i] for i in (2, 0, 1)] == [ROWS[2], ROWS[0], ROWS[1]]
-    assert list(table.rows()) == ROWS and len(table) == 3
-    assert table.columns == ("caption", "file", "other") and "other" in table.filled
-    copy = pickle.loads(pickle.dumps(table))  # noqa: S301, what worker processes do
-    assert [copy[i] for i in range(3)] == ROWS
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -245,114 +192,6 @@ def test_emoji_speak_from_their_truth_columns(emoji: Path) -> None:
     assert full.turns == (("describe the picture.", "thing 0: t0, round, small"),)
 
 
-def test_the_random_access_cache_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [{"n": i, "blob": bytes([i]) * 200_000} for i in range(40)]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "big.parquet", row_group_size=4)
-    monkeypatch.setattr("comatch.data.tables._CACHE_BYTES", 2_000_000)
-    table = Parquet(tmp_path / "big.parquet")
-    for i in np.random.default_rng(0).permutation(40):
-        assert table[int(i)] == rows[i]
-        assert sum(group.nbytes for group in table._cache.values()) <= 2_000_000
-    assert len(table._cache) == 2
-    before = pa.total_allocated_bytes()
-    peak = max(pa.total_allocated_bytes() - before for _ in Parquet(tmp_path / "big.parquet").rows())
-    assert peak < 16_000_000
-    monkeypatch.setattr("comatch.data.tables._LARGEST_GROUP", 500_000)
-    with pytest.raises(DataError, match="row_group_size"):
-        Parquet(tmp_path / "big.parquet")
-
-
-def test_a_long_text_table_is_not_held_in_memory(tmp_path: Path) -> None:
-    path = tmp_path / "long.jsonl"
-    path.write_text("".join(json.dumps({"text": f"{i} " + "x" * 2000}) + "\n" for i in range(4000)))
-    tracemalloc.start()
-    table = open_table(path)
-    held, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert len(table) == 4000 and table[3999]["text"].startswith("3999 ")
-    assert held < 100_000 and peak < 1_000_000 < path.stat().st_size
-
-
-Bad = Callable[[Path], Path]
-
-
-def raw(name: str, data: bytes) -> Bad:
-    def write(folder: Path) -> Path:
-        (folder / name).write_bytes(data)
-        return folder / name
-
-    return write
-
-
-def arrow(columns: dict[str, Any], schema: pa.Schema | None = None) -> Bad:
-    def write(folder: Path) -> Path:
-        pq.write_table(pa.table(columns, schema=schema), folder / "t.parquet")
-        return folder / "t.parquet"
-
-    return write
-
-
-PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-FAULTS: dict[str, tuple[Bad, str]] = {
-    "cut last line": (raw("t.jsonl", b'{"text": "a"}\n{"text": "b'), r"t\.jsonl, line 2: the last line is"),
-    "broken line": (raw("t.jsonl", b'{"text": "a"}\n{text}\n{"text": ""}\n'), r"\.jsonl, line 2: .*JSON object"),
-    "no object": (raw("t.jsonl", b'{"text": "a"}\n\n[1]\n'), r"line 3: found list"),
-    "deep": (raw("t.jsonl", b"[" * 100_000 + b"\n"), r"line 1"),
-    "not UTF-8": (raw("t.jsonl", b'{"text": "a"}\n{"text": "\xe4"}\n'), r"line 2: byte 0xe4 at place 11"),
-    "UTF-16": (raw("t.csv", "text\na\n".encode("utf-16")), r"t\.csv, line 1: byte 0xff"),
-    "latin CSV": (raw("t.csv", b"text,image\nok,1.png\n\xe4h,2.png\n"), r"t\.csv, line 3: byte 0xe4"),
-    "open quote": (raw("t.csv", b'text,image\n"a,1.png\nb,2.png\n'), r"t\.csv, line 2 to 3: .*quote"),
-    "quote inside": (raw("t.csv", b'text,image\n"a"b,1.png\n'), r"t\.csv, line 2: .*quote"),
-    "more fields": (raw("t.csv", b"text,image\na,b,c\n"), r"line 2: 3 fields, but 2 in the header"),
-    "equal names": (raw("t.csv", b"text,text\na,b\n"), "must be there and differ"),
-    "header alone": (raw("t.csv", b"text,image\n"), "holds no rows"),
-    "no bytes": (raw("t.jsonl", b""), "holds no rows"),
-    "no parquet": (raw("t.parquet", b"PAR1 hello"), r"t\.parquet is no readable Parquet"),
-    "no rows": (arrow({"text": pa.array([], pa.string())}), "holds no rows"),
-    "other suffix": (raw("t.xlsx", b"x"), r"\.csv, \.tsv, \.jsonl"),
-    "nothing there": (lambda folder: folder / "t.csv", "there is no file"),
-    "missing column": (arrow({"title": ["a"], "x": ["b"]}), "no column 'text' .*; its columns are title, x"),
-    "null column": (arrow({"text": ["a"], "image": pa.array([None], pa.binary())}), "'image' .* is empty in all"),
-    "null bytes": (
-        arrow({"text": ["a"], "image": pa.array([{"bytes": None, "path": None}], PICTURE)}),
-        "'image' .* is empty in all 1 rows",
-    ),
-    "wrong type": (arrow({"text": [1], "image": ["a.png"]}), "'text' holds int64, but query.text needs text"),
-    "wrong picture": (arrow({"text": ["a"], "image": [[1.0]]}), "'image' holds list<.*double>, but positive.ima"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_faulty_table_is_named_with_file_and_line(fault: str, tmp_path: Path) -> None:
-    make, message = FAULTS[fault]
-    with pytest.raises(DataError, match=message):
-        open_source("table", path=make(tmp_path), columns={"query.text": "text", "positive.image": "image"})
-
-
-def test_shards_must_agree(tmp_path: Path) -> None:
-    def shard(name: str, **columns: Any) -> None:
-        pq.write_table(pa.table(columns), tmp_path / name)
-
-    shard("a.parquet", text=["a", "b"], label=["x", "y"])
-    shard("b.parquet", text=["c"], label=["z"])
-    table = open_table(tmp_path)
-    assert [table[i]["text"] for i in range(3)] == ["a", "b", "c"] == [row["text"] for row in table.rows()]
-    for wrong, message in (
-        (
-            {"text": ["c"], "label": [1]},
-            r"column 'label' is string in .*a\.parquet and int64 in .*b\.parquet",
-        ),
-        ({"text": ["c"]}, r"b\.parquet has no column 'label', .*a\.parquet has"),
-        ({"text": ["c"], "label": ["z"], "new": [1]}, r"a\.parquet has no column 'new', .*b\.parquet has"),
-    ):
-        shard("b.parquet", **wrong)
-        with pytest.raises(DataError, match=message):
-            open_table(tmp_path)
-    (tmp_path / "c.csv").write_text("text\na\n")
-    with pytest.raises(DataError, match=r"\.csv, \.parquet"):
-        open_table(tmp_path)
-
-
 @pytest.mark.parametrize("name", ["../secret.png", "/etc/hostname", "link.png", "file:///x.png", "a\0b.png"])
 def test_pictures_outside_the_folder_are_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "secret.png").write_bytes(png(1))
@@ -412,64 +251,14 @@ def test_a_split_column_divides_a_table(tmp_path: Path) -> None:
     assert texts == {"train": ["t1", "t2", "t4", "t5", "t7", "t8"], "dev": ["t0", "t3", "t6"]}
 
 
-def test_items_of_a_folder(tmp_path: Path) -> None:
-    for name in ("b.png", "a.JPG", "sub/c.webp", ".hidden.png", ".git/d.png", "notes.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(png(1))
-    items = list(read_items(tmp_path))
-    assert [id for id, _ in items] == ["a.JPG", "b.png", "sub/c.webp"]
-    assert all(isinstance(m, Message) and m.images[0].size == (8, 8) and not m.text for _, m in items)
-    (tmp_path / "loop").symlink_to(tmp_path)
-    assert list(read_items(tmp_path)) == items
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="nothing to embed"):
-        list(read_items(tmp_path / "empty"))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_items_of_a_table(kind: str, tmp_path: Path) -> None:
-    rows = [{"id": f"i{n}", **row} for n, row in enumerate(ROWS)]
-    items = list(read_items(written(tmp_path, kind, rows)))
-    assert [id for id, _ in items] == ["i0", "i1", "i2"]
-    for (_, message), row in zip(items, ROWS, strict=True):
-        assert isinstance(message, Message) and message.text == row["caption"] and len(message.images) == 1
-    plain = list(read_items(written(tmp_path, kind, ROWS), text_column="other"))
-    assert [id for id, _ in plain] == ["0", "1", "2"]
-    assert isinstance(plain[1][1], ContentError), "an empty cell is a fault of its row alone"
-    assert plain[2][1] == Message((Text("x"),))
-
-
-def test_columns_that_cannot_be_guessed(tmp_path: Path) -> None:
-    both = written(tmp_path, "csv", [{"text": "a", "caption": "b"}])
-    with pytest.raises(DataError, match="text or caption; say which with text_column"):
-        list(read_items(both))
-    neither = written(tmp_path, "csv", [{"name": "a", "weight": "b"}])
-    with pytest.raises(DataError, match="has name, weight"):
-        list(read_items(neither))
-    with pytest.raises(DataError, match="no column 'names'"):
-        list(read_items(neither, text_column="names"))
-    twice = written(tmp_path, "csv", [{"id": "1", "text": "a"}, {"id": "1", "text": "b"}])
-    with pytest.raises(DataError, match="'1' occurs twice"):
-        list(read_items(twice))
-
-
-def test_items_of_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(data: bytes) -> list[tuple[str, Any]]:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
-        return list(read_items("-"))
-
-    monkeypatch.chdir(tmp_path)
-    assert read("a cat\r\n\nü {}\n/etc/hostname".encode()) == [
-        ("0", Message((Text("a cat"),))),
-        ("2", Message((Text("ü {}"),))),
-        ("3", Message((Text("/etc/hostname"),))),
-    ]
-    items = read(b'{"id": 7, "text": "x"}\n{"image": "../y.png"}\n{"caption": "z"}\n')
-    assert [id for id, _ in items] == ["7", "1", "2"]
-    assert isinstance(items[1][1], ImageError) and items[2][1] == Message((Text("z"),))
-    with pytest.raises(DataError, match="standard input, line 2: the last line is cut"):
-        read(b'{"text": "x"}\n{"text": ')
-    with pytest.raises(DataError, match="standard input, line 1: byte 0xe4"):
-        read(b"\xe4\n")
-    with pytest.raises(DataError, match="nothing to embed"):
-        read(b"\n")
+@needs_emoji
+def test_the_real_emoji_table() -> None:
+    train, dev = (open_source("emoji", path=EMOJI, split=split) for split in ("train", "dev"))
+    assert (len(train), len(dev)) == (1454, 161)
+    for source in (train, dev):
+        for i in range(0, len(source), 40):
+            assert source.group(i).query.images[0].size == (64, 64) and len(source.dialogue(i).turns) in (
+                3,
+                4,
+            )
+    assert len(list(read_items(EMOJI))) == 1615

@@ -137,7 +137,6 @@ def test_token_step_is_the_same_under_any_budget(folder_of: Folders, family: str
 @pytest.mark.parametrize("kind", ["lora", "dora", "full"])
 def test_gradients_reach_what_trains_and_nothing_else(folder_of: Folders, family: str, kind: str) -> None:
     encoder = Encoder.load(folder_of(family), recipe=COMA)
-    before = {name: p.detach().clone() for name, p in encoder.backbone.named_parameters()}
     adapter = {"kind": kind} if kind == "full" else {"kind": kind, "r": 4}
     loop.open_parameters(config(folder_of(family), Path("x"), adapter=adapter), encoder.backbone)
     open_ = set(adapters.trainable(encoder.backbone))
@@ -147,6 +146,7 @@ def test_gradients_reach_what_trains_and_nothing_else(folder_of: Folders, family
         assert all("lora_" in name or name == "rows" for name in open_)
         vocabulary = encoder.backbone.text.embed_tokens.weight
         assert not vocabulary.requires_grad and encoder.backbone.rows.numel() == 4 * encoder.dim
+    before = {name: p.detach().clone() for name, p in encoder.backbone.named_parameters()}
     queries, targets = pairs(encoder, 4)
     optimizer = torch.optim.SGD(adapters.trainable(encoder.backbone).values(), lr=1.0)
     encoder.backbone.train()

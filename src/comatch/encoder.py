@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from comatch.backbones import adapters
 from comatch.backbones.base import Backbone
-from comatch.backbones.registry import resolve
+from comatch.backbones.registry import read_json, resolve
 from comatch.content import as_message
 from comatch.core.batch import Example
 from comatch.core.packing import budget, collate
@@ -36,7 +37,12 @@ CHUNK = 512
 
 
 class Encoded(NamedTuple):
-    """A stretch of a stream. ids and float32 vectors [n, dim] of the good items; bad: (position, id, reason); cut: ids of shortened texts."""
+    """A stretch of a stream.
+
+    ids, vectors   of the good items, in order; float32 [n, dim]
+    bad            (position, id, reason) of the others
+    cut            ids of those whose text was longer than the window
+    """
 
     ids: list[str]
     vectors: Any
@@ -78,13 +84,19 @@ class Encoder:
                 raise ModelError(f"{name} is a plain VLM, not an embedding model; pass a recipe, or train one with: comatch train runs/coma-nano.yaml model={name}")
             encoder = cls(Backbone.load(folder, recipe, dtype=dtype), recipe)
         else:
-            saved = Recipe.from_dict(card["recipe"])
+            saved, images = _settings(folder, card)
             if recipe is not None and recipe != saved:
                 raise ModelError(f"{name} was trained as {_brief(saved)}, asked for {_brief(recipe)}; leave the recipe out, or train again")
             base = folder if card["base"] is None else resolve(card["base"])
-            backbone = Backbone.load(base, saved, dtype=dtype)
-            encoder = cls(backbone, saved, ImageSettings(**{k: tuple(v) if isinstance(v, list) else v for k, v in card["images"].items()}))
+            as_saved = dtype == "auto"
+            backbone = Backbone.load(base, saved, dtype=card.get("dtype", dtype) if as_saved else dtype)
+            encoder = cls(backbone, saved, images)
             encoder._load_trained(folder, card)
+            if as_saved and encoder.fingerprint != card["fingerprint"]:
+                raise ModelError(
+                    f"{name} has fingerprint {encoder.fingerprint}, and was saved with {card['fingerprint']}: {CARD} was edited, a file is "
+                    f"damaged or of another model, or the base ({card['base'] or 'none'}) is another one now; save or fetch it again"
+                )
         encoder.backbone.eval().to(device or _default_device())
         return encoder
 
@@ -134,7 +146,8 @@ class Encoder:
         many = list(items) if isinstance(items, list | tuple) else [items]
         examples, errors = self._prepare(many, on_error)
         if cut := [i for i, example in examples.items() if example.cut]:
-            warnings.warn(f"text of {len(cut)} items was longer than the window and was cut: items {cut[:10]}", stacklevel=2)
+            told = f"text of {len(cut)} items was longer than the window and was cut: items {cut[:10]}"
+            warnings.warn(told, stacklevel=2)
         vectors = self._vectors(examples, len(many), dim, batch_tokens, progress)
         return vectors if on_error == "raise" else (vectors, errors)
 
@@ -148,9 +161,10 @@ class Encoder:
         chunk: int = CHUNK,
         progress: Callable[[int], None] | None = None,
     ) -> Iterator[Encoded]:
-        """Vectors of (id, item) pairs without end, `chunk` of them in memory at a time; each stretch equals `encode` of its items to the bit.
+        """Vectors of any number of (id, item) pairs, `chunk` of them in memory at a time.
 
-        on_error: "raise" stops with a ContentError that names id and position; "mark" goes on and lists the bad in the stretch.
+        Each stretch equals `encode` of its items to the bit. on_error: "raise" stops with a ContentError that
+        names id and position; "mark" goes on and lists the bad in the stretch.
         """
         rows, position = iter(items), 0
         while some := list(islice(rows, chunk)):
@@ -202,6 +216,7 @@ class Encoder:
             "images": dict(self.images.to_dict()),
             "base": base,
             "first_token": backbone.first_token,
+            "dtype": str(backbone.stock.dtype).removeprefix("torch."),
             "fingerprint": self.fingerprint,
         }
         write_json(folder / CARD, card)
@@ -222,7 +237,12 @@ class Encoder:
         return examples, errors
 
     def _vectors(
-        self, examples: dict[int, Example], n: int, dim: int | None, batch_tokens: int, progress: Callable[[int], None] | None
+        self,
+        examples: dict[int, Example],
+        n: int,
+        dim: int | None,
+        batch_tokens: int,
+        progress: Callable[[int], None] | None,
     ) -> np.ndarray:
         if dim is not None and not 0 < dim <= self.dim:
             raise ContentError(f"dim is {dim}; this model's vectors have {self.dim} numbers, pass 1 to {self.dim}")
@@ -244,7 +264,10 @@ class Encoder:
     def _load_trained(self, folder: Path, card: dict[str, Any]) -> None:
         if card["base"] is not None:
             adapters.load_adapter(self.backbone, folder)
-        rows = load_file(folder / ROWS)["rows"]
+        try:
+            rows = load_file(folder / ROWS)["rows"]
+        except (OSError, KeyError, SafetensorError) as error:
+            raise ModelError(f"{folder / ROWS} cannot be read: {error}; save or fetch the model again") from error
         if rows.shape != self.backbone.rows.shape or card["first_token"] != self.backbone.first_token:
             raise ModelError(
                 f"{folder}: compression rows {tuple(rows.shape)} from token {card['first_token']} on, the model has "
@@ -275,20 +298,31 @@ def _run_result(folder: Path) -> Path:
     manifest = folder / "manifest.json"
     if not manifest.is_file() or (folder / CARD).is_file():
         return folder
-    record = json.loads(manifest.read_text(encoding="utf-8"))
+    record = read_json(manifest)
     if record.get("status") != "complete":
         raise ModelError(f"{folder} is a half-written run (status {record.get('status')!r}); finish it with comatch train, or name one of its stages: {record.get('done')}")
-    return folder / record["done"][-1]
+    if not record.get("done"):
+        raise ModelError(f"{manifest} names no finished stage; train again")
+    return folder / str(record["done"][-1])
 
 
 def _read_card(folder: Path) -> dict[str, Any] | None:
     path = folder / CARD
     if not path.is_file():
         return None
-    card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    card = read_json(path)
     if card.get("format") != FORMAT:
         raise ModelError(f"{path} has format {card.get('format')!r}, this version reads {FORMAT}; upgrade comatch")
     return card
+
+
+def _settings(folder: Path, card: dict[str, Any]) -> tuple[Recipe, ImageSettings]:
+    try:
+        listed: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in card["images"].items()}
+        _ = card["base"], card["first_token"], card["fingerprint"]
+        return Recipe.from_dict(card["recipe"]), ImageSettings(**listed)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{folder / CARD} is damaged ({error!r}); save or fetch the model again") from error
 
 
 def _brief(recipe: Recipe) -> str:

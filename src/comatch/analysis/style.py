@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any, Final, ParamSpec
@@ -15,21 +16,24 @@ from typing import Any, Final, ParamSpec
 from comatch.errors import MissingExtra
 
 try:
-    from matplotlib import rc_context
+    from matplotlib import rc_context, rcdefaults, rcParams
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 except ModuleNotFoundError as error:
     raise MissingExtra("matplotlib", "plots") from error
 
+__all__ = ["Axes", "Figure", "data_uri", "legend", "png", "save", "styled"]
+
 PALETTE: Final = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F7F7F", "#E5C700")
 ROLE_COLOUR: Final = {"context": PALETTE[0], "compression": PALETTE[1], "dialogue": PALETTE[2], "target": PALETTE[3]}
 RIGHT: Final = PALETTE[2]
-PALE: Final = "#D9D9D9"
+PALE: Final = "#ECECEF"
+GREY: Final = "#666666"
 INK: Final = "#222222"
 MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X")
 _DPI: Final = 144
-_LOOK: Final = {
-    "axes.edgecolor": "#666666",
+_LOOK: Final[Any] = {
+    "axes.edgecolor": GREY,
     "axes.grid": False,
     "axes.labelsize": 10,
     "axes.prop_cycle": f"cycler('color', {list(PALETTE)})",
@@ -51,24 +55,33 @@ _LOOK: Final = {
 _Args = ParamSpec("_Args")
 
 
+def colour(i: int) -> str:
+    """The colour of the i-th of several runs, models or classes."""
+    return PALETTE[i % len(PALETTE)]
+
+
 def styled(draw: Callable[_Args, Figure]) -> Callable[_Args, Figure]:
     """Draw under our look, whatever the process has set."""
 
     @wraps(draw)
     def inside(*args: _Args.args, **kwargs: _Args.kwargs) -> Figure:
-        with rc_context():
-            from matplotlib import rcdefaults, rcParams
-
-            rcdefaults()
-            rcParams.update(_LOOK)
+        with _look():
             return draw(*args, **kwargs)
 
     return inside
 
 
-def legend(place: Axes | Figure, handles: Iterable[Any], names: Sequence[str], **how: Any) -> None:
+@contextmanager
+def _look() -> Iterator[None]:
+    with rc_context():
+        rcdefaults()
+        rcParams.update(_LOOK)
+        yield
+
+
+def legend(figure: Figure, handles: Iterable[Any], names: Sequence[str], **how: Any) -> None:
     """A legend of any names; matplotlib itself drops those that begin with "_"."""
-    drawn = place.legend(list(handles), [str(i) for i in range(len(names))], **how)
+    drawn = figure.legend(list(handles), [str(i) for i in range(len(names))], **how)
     for text, name in zip(drawn.get_texts(), names, strict=True):
         text.set_text(name)
 
@@ -77,7 +90,11 @@ def png(figure: Figure) -> bytes:
     """The figure as PNG; equal figures give equal bytes."""
     stream = io.BytesIO()
     # Without the name of the software, whose version would change the bytes.
-    figure.savefig(stream, format="png", dpi=_DPI, metadata={"Software": None})
+    # "tight": what stands beyond the edge, such as a long legend, makes the picture larger and is not cut off.
+    with _look():
+        figure.savefig(
+            stream, format="png", dpi=_DPI, bbox_inches="tight", pad_inches=0.1, metadata={"Software": None}
+        )
     return stream.getvalue()
 
 

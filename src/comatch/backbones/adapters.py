@@ -6,10 +6,14 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from comatch.backbones.base import Backbone
+from comatch.backbones.registry import check_folder, read_json
 from comatch.errors import ModelError
+
+WEIGHTS = "adapter_model.safetensors"
 
 
 def attach(backbone: Backbone, kind: str, *, r: int, alpha: int, dropout: float, targets: tuple[str, ...], train_vision: bool) -> None:
@@ -53,13 +57,18 @@ def merge(backbone: Backbone) -> None:
 
 
 def load_adapter(backbone: Backbone, folder: Path) -> None:
-    """Attach a saved PEFT adapter for encoding. Raises ModelError where its weights do not fit the base."""
-    from safetensors import safe_open
-
-    backbone.hf.requires_grad_(False)
-    backbone.hf = PeftModel.from_pretrained(backbone.hf, str(folder))
-    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        saved = set(file.keys())
+    """Attach a saved LoRA adapter for encoding. Raises ModelError where its weights do not fit the base."""
+    check_folder(folder, WEIGHTS)
+    kind = read_json(folder / "adapter_config.json").get("peft_type")
+    if kind != "LORA":  # other kinds may fetch or import what their config names
+        raise ModelError(f"adapter {folder} is of kind {kind!r}; only LORA is loaded, merge another into its base")
+    try:
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            saved = set(file.keys())
+        backbone.hf.requires_grad_(False)
+        backbone.hf = PeftModel.from_pretrained(backbone.hf, str(folder))
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"adapter {folder} does not fit its base {backbone.source}: {error}") from error
     wanted = set(get_peft_model_state_dict(backbone.hf))
     if saved != wanted:
         off = sorted(saved ^ wanted)

@@ -67,7 +67,7 @@ def segments(
         starts = cu_seq_lens_q[:-1][lengths == length]
         place = (starts.unsqueeze(1) + torch.arange(length, device=starts.device)).flatten()
         whole = len(place) == len(q)
-        group = [(x if whole else x[place]).unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v)]
+        group = [(x if whole else x[place]).reshape(-1, length, *q.shape[1:]).transpose(1, 2) for x in (q, k, v)]
         done = _sdpa(group[0], group[1], group[2], None, scaling, dropout).transpose(1, 2).flatten(0, 1)
         out = done if whole else out.index_copy(0, place, done)
     return out.unsqueeze(0), None
@@ -80,7 +80,7 @@ def _sdpa(
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, dropout_p=dropout)
     # torch's CPU kernel takes three times as long in bf16 as in float32 on short rows (forward and backward, torch 2.13).
     with torch.autocast("cpu", enabled=False):
-        out = F.scaled_dot_product_attention(*(x.float() for x in (q, k, v)), attn_mask=mask, scale=scaling, dropout_p=dropout)
+        out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, scale=scaling, dropout_p=dropout)
     return out.to(q.dtype)
 
 

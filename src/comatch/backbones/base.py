@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from tokenizers import AddedToken
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
@@ -48,6 +49,8 @@ class Backbone(nn.Module):
         names = [recipe.token_name.format(i) for i in range(recipe.tokens)] if recipe else []
         self.first_token, trained = self._add_tokens(names)
         self.rows = nn.Parameter(self._first_rows(len(names), trained, seed))
+        self.mean: torch.Tensor
+        self.std: torch.Tensor
         self.register_buffer("mean", torch.tensor(processor.image_mean, dtype=torch.float32), persistent=False)
         self.register_buffer("std", torch.tensor(processor.image_std, dtype=torch.float32), persistent=False)
 
@@ -74,7 +77,7 @@ class Backbone(nn.Module):
             )
             tokenizer = AutoTokenizer.from_pretrained(folder)
             processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise ModelError(f"{folder} is not a complete model folder: {error}") from error
         check_loaded(folder, info)
         return cls(model, tokenizer, processor, recipe, source=str(name), seed=seed)
@@ -114,7 +117,7 @@ class Backbone(nn.Module):
         if not len(batch.grids):
             return None
         side = self.processor.patch_size
-        pixels = batch.patches.unflatten(1, (3, 1, side, side)).float() / 255
+        pixels = batch.patches.reshape(-1, 3, 1, side, side).float() / 255
         pixels = (pixels - self.mean.view(3, 1, 1, 1)) / self.std.view(3, 1, 1, 1)
         pixels = pixels.expand(-1, -1, self.processor.temporal_patch_size, -1, -1).flatten(1)
         # On a CPU the patch convolution's bf16 backward takes eight times as long as float32's, so autocast stays outside.
@@ -179,7 +182,7 @@ class Backbone(nn.Module):
 
     def _first_rows(self, tokens: int, trained: bool, seed: int) -> torch.Tensor:
         """The checkpoint's rows where it has them, else the vocabulary's mean plus noise of a tenth of its spread: ordinary but distinct."""
-        table = self.text.embed_tokens.weight.detach().float()
+        table: torch.Tensor = self.text.embed_tokens.weight.detach().float()
         if trained:
             return table[self.first_token : self.first_token + tokens].clone()
         table = table[: self.first_token]

@@ -9,6 +9,7 @@ from typing import Any
 
 from comatch.errors import ModelError
 
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 SHIPPED = Path(__file__).resolve().parent.parent / "models"
 
 
@@ -46,18 +47,30 @@ def family(config: Any) -> Family:
     return FAMILIES[config.model_type]
 
 
-def check_folder(folder: Path) -> None:
-    """Refuse folders that hold pickles instead of safetensors, or whose files name code to run (specs/ecosystem.md row 27)."""
+def check_folder(folder: Path, weights: str = "model*.safetensors") -> None:
+    """Refuse folders that hold pickles instead of `weights`, or whose files name code (specs/ecosystem.md row 27)."""
     for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json"):
         path = folder / name
-        if path.is_file() and _names_code(json.loads(path.read_text(encoding="utf-8"))):
+        if path.is_file() and _names_code(read_json(path)):
             raise ModelError(f"{path} has 'auto_map', which runs code from the model folder; comatch never does. Use a model that stock transformers loads")
-    weights = [p for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
-    if weights and not any(folder.glob("*.safetensors")):
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
+    if pickles and not any(folder.glob(weights)):
         raise ModelError(
-            f"{folder} holds pickled weights ({weights[0].name}), which can run code on loading; convert them first, on a machine you can lose: "
-            "AutoModelForImageTextToText.from_pretrained(folder).save_pretrained(new_folder)"
+            f"{folder} holds pickled weights ({pickles[0]}), which can run code on loading; convert them first, "
+            "on a machine you can lose: AutoModelForImageTextToText.from_pretrained(folder)"
+            ".save_pretrained(new_folder), for an adapter with PeftModel around it"
         )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model folder. Raises ModelError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} cannot be read as JSON: {error}; save or fetch the model again") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds a {type(value).__name__}, not a JSON object; save or fetch the model again")
+    return value
 
 
 def _names_code(value: Any) -> bool:

@@ -1,9 +1,9 @@
 """The command line: `comatch VERB ...`, one small file per verb in this folder.
 
 A verb file holds one function `command(...)`; its docstring is the help text, the file's name is the verb.
-Whatever is slow to import is imported inside that function, so that `comatch --help` answers at once. Data
-goes to stdout, everything else to stderr. A verb that ends neither well nor by a ComatchError raises
-`typer.Exit(code)` with one of the codes below.
+Files whose names start with _ hold what several verbs share. Whatever is slow to import is imported inside
+functions, so that `comatch --help` answers at once. Data goes to stdout, everything else to stderr. A verb
+that ends neither well nor by a ComatchError raises `typer.Exit(code)` with one of the codes below.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def build() -> typer.Typer:
     about = "Compress, then match: multimodal embeddings."
     app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=about)
     app.callback()(_options)
-    for name in sorted(module.name for module in iter_modules(__path__)):
+    for name in sorted(module.name for module in iter_modules(__path__) if module.name[0] != "_"):
         app.command(name)(import_module(f"{__name__}.{name}").command)
     return app
 

@@ -22,6 +22,7 @@ def command(
     """Train every stage that a run's YAML file names, and save each in the run folder."""
     from comatch.config import load_config
 
+    quiet_libraries()
     config = load_config(file, overrides or [])
     if dry_run:
         from comatch.training.dry import describe
@@ -31,3 +32,10 @@ def command(
     from comatch.training.loop import train
 
     typer.echo(train(config, overwrite=overwrite, quiet=quiet))
+
+
+def quiet_libraries() -> None:
+    """Leave the progress bar to us: transformers draws one for every model that it reads or writes."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()

@@ -27,7 +27,7 @@ def dense(roles: torch.Tensor, rows: torch.Tensor, visibility: Visibility) -> to
     seq = roles.shape[1]
     triangle = torch.ones(seq, seq, dtype=torch.bool, device=roles.device).tril()
     full, causal = table.flatten(1)
-    allowed = full[index] | (causal[index] & triangle)
+    allowed: torch.Tensor = full[index] | (causal[index] & triangle)
     allowed &= rows.unsqueeze(2) == rows.unsqueeze(1)
     allowed |= torch.eye(seq, dtype=torch.bool, device=roles.device)
     return allowed.unsqueeze(1)

@@ -97,20 +97,23 @@ def hit_at_1(
             f"query vectors have {queries.shape[1]} dimensions, candidates {pool.shape[1]}; encode both "
             "with one model"
         )
-    listed, is_gold = _lists(len(queries), len(pool), candidates, gold)
+    if not len(queries) == len(candidates) == len(gold):
+        raise EvaluationError(
+            f"{len(queries)} queries, {len(candidates)} candidate lists, {len(gold)} gold lists; the three "
+            "numbers must be equal"
+        )
     bad_query, bad_pool = _invalid(queries), _invalid(pool)
     queries, pool = np.where(bad_query[:, None], 0, queries), np.where(bad_pool[:, None], 0, pool)
     outcomes = []
     for start in range(0, len(queries), _BLOCK):
-        products = queries[start : start + _BLOCK] @ pool.T
-        for row, i in zip(products, range(start, start + len(products)), strict=True):
-            outcomes.append(_outcome(row[listed[i]], is_gold[i], bad_pool[listed[i]], bool(bad_query[i])))
+        for i, scores in enumerate(queries[start : start + _BLOCK] @ pool.T, start=start):
+            ids, right = _listed(i, candidates[i], gold[i], len(pool))
+            outcomes.append(_outcome(scores[ids], right, bad_pool[ids], bool(bad_query[i])))
     table = np.asarray(outcomes, dtype=np.float64)
     hits = table[:, 0] == 1
     low, high = interval(hits, seed=seed)
-    ties, invalid = table[:, 2:4].sum(axis=0).astype(int).tolist()
-    hit, expected, _, _, mrr, ndcg5, *recall = table.mean(axis=0).tolist()
-    chance = float(np.mean([mask.mean() for mask in is_gold]))
+    ties, invalid = table[:, 1:3].sum(axis=0).astype(int).tolist()
+    hit, _, _, expected, chance, mrr, ndcg5, *recall = table.mean(axis=0).tolist()
     found = MappingProxyType(dict(zip(CUTS, recall, strict=True)))
     return Score(
         name, meta, len(hits), hit, low, high, expected, chance, found, mrr, ndcg5, ties, invalid, hits
@@ -120,33 +123,25 @@ def hit_at_1(
 def _outcome(
     scores: Floats, gold: npt.NDArray[np.bool_], bad: npt.NDArray[np.bool_], bad_query: bool
 ) -> list[float]:
-    """One query: [hit, expected, tie, invalid, reciprocal rank, ndcg5, recall at each of CUTS]."""
-    touched = bad_query or bool(bad.any())
+    """One query: [hit, tie, invalid, expected, chance, reciprocal rank, ndcg5, recall at each of CUTS]."""
+    chance = float(gold.mean())
     if bad_query:
-        return [0, 0, 0, 1, 0, 0, *(0 for _ in CUTS)]
+        return [0, 0, 1, 0, chance, 0, 0, *(0 for _ in CUTS)]
     golds = np.sort(scores[gold & ~bad])[::-1]
     rivals = np.where(bad, np.inf, scores)[~gold]
     # A gold one stands behind the better gold ones and behind every rival that does not clearly lose.
-    ranks = np.arange(1, len(golds) + 1) + np.array(
-        [np.sum(rivals >= g - TIE) for g in golds], dtype=np.int64
-    )
+    ahead = np.array([np.sum(rivals >= g - TIE) for g in golds], dtype=np.int64)
+    ranks = ahead + np.arange(1, len(golds) + 1)
     best = ranks[0] if len(ranks) else math.inf
-    top = max(golds[:1].max(initial=-np.inf), rivals.max(initial=-np.inf))
-    gold_on_top, rivals_on_top = int(np.sum(golds >= top - TIE)), int(np.sum(rivals >= top - TIE))
-    expected = gold_on_top / max(gold_on_top + rivals_on_top, 1)
+    top = max(golds.max(initial=-np.inf), rivals.max(initial=-np.inf))
+    gold_on_top, rivals_on_top = (int(np.sum(some >= top - TIE)) for some in (golds, rivals))
     tie = gold_on_top > 0 and rivals_on_top > 0
+    expected = gold_on_top / max(gold_on_top + rivals_on_top, 1)
     total = int(gold.sum())
     gains = np.sum(1 / np.log2(ranks[ranks <= 5] + 1.0))
-    ideal = sum(1 / math.log2(r + 1) for r in range(1, min(total, 5) + 1))
-    return [
-        best == 1,
-        expected,
-        tie,
-        touched,
-        1 / best,
-        gains / ideal,
-        *(np.sum(ranks <= k) / total for k in CUTS),
-    ]
+    ideal = sum(1 / math.log2(rank + 1) for rank in range(1, min(total, 5) + 1))
+    recall = [int(np.sum(ranks <= k)) / total for k in CUTS]
+    return [best == 1, tie, bool(bad.any()), expected, chance, 1 / best, gains / ideal, *recall]
 
 
 def interval(values: npt.ArrayLike, *, seed: int = 0, floor: float = 0.0) -> tuple[float, float]:
@@ -207,35 +202,25 @@ def _checked(vectors: Floats, what: str) -> Floats:
     wrong = np.flatnonzero(~bad & (np.abs(norms - 1) > NORM_TOLERANCE))
     if len(wrong):
         raise EvaluationError(
-            f"{what} vector {wrong[0]} has length {norms[wrong[0]]:.4g} and {len(wrong)} of {len(vectors)} "
-            "are not "
-            f"of unit length (within {NORM_TOLERANCE}); divide each row by its norm first"
+            f"{what} vector {wrong[0]} has length {norms[wrong[0]]:.4g}, and {len(wrong)} of {len(vectors)} "
+            f"are not of unit length (within {NORM_TOLERANCE}); divide each row by its norm first"
         )
     return vectors
 
 
-def _lists(
-    n: int, pool: int, candidates: Sequence[Sequence[int]], gold: Sequence[Sequence[int]]
-) -> tuple[list[npt.NDArray[np.int64]], list[npt.NDArray[np.bool_]]]:
-    """For each query its distinct candidates and which of them are gold."""
-    if not n == len(candidates) == len(gold):
+def _listed(
+    i: int, candidates: Sequence[int], gold: Sequence[int], pool: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """The distinct candidates of query i, and which of them are gold."""
+    ids = np.unique(np.asarray(candidates, dtype=np.int64))
+    if not len(ids) or ids[0] < 0 or ids[-1] >= pool:
         raise EvaluationError(
-            f"{n} queries, {len(candidates)} candidate lists, {len(gold)} gold lists; the three must be equal"
+            f"query {i} lists candidates {ids[:3].tolist()}..; allowed are 1 or more of 0 to {pool - 1}"
         )
-    listed, is_gold = [], []
-    for i, (some, right) in enumerate(zip(candidates, gold, strict=True)):
-        ids = np.unique(np.asarray(some, dtype=np.int64))
-        if not len(ids) or ids[0] < 0 or ids[-1] >= pool:
-            raise EvaluationError(
-                f"query {i} lists candidates {ids[:3].tolist()}..; allowed are 1 or more of 0 to {pool - 1}"
-            )
-        mask = np.isin(ids, np.asarray(right, dtype=np.int64))
-        if mask.sum() != len(set(right)) or not mask.any():
-            raise EvaluationError(
-                f"query {i} has gold {list(right)[:5]}, not all among its {len(ids)} candidates; each query "
-                "needs at "
-                "least one gold candidate, and lists it"
-            )
-        listed.append(ids)
-        is_gold.append(mask)
-    return listed, is_gold
+    right = np.isin(ids, np.asarray(gold, dtype=np.int64))
+    if right.sum() != len(set(gold)) or not right.any():
+        raise EvaluationError(
+            f"query {i} has gold {list(gold)[:5]}, not all among its {len(ids)} candidates; each query lists "
+            "at least one gold candidate"
+        )
+    return ids, right

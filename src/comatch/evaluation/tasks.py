@@ -78,14 +78,16 @@ def evaluate(
         parts.append(part)
         if progress:
             progress(start + wanted, len(messages))
+    if not parts:
+        raise EvaluationError(f"{len(tasks)} tasks without queries; there is nothing to score")
     vectors = np.concatenate(parts)
-    return [
-        hit_at_1(
-            vectors[[places[m] for m in task.queries]], vectors[[places[m] for m in task.pool]],
-            task.candidates, task.gold, name=task.name, meta=task.meta, seed=seed,
+    scores = []
+    for task in tasks:
+        queries, pool = (vectors[[places[m] for m in side]] for side in (task.queries, task.pool))
+        scores.append(
+            hit_at_1(queries, pool, task.candidates, task.gold, name=task.name, meta=task.meta, seed=seed)
         )
-        for task in tasks
-    ]  # fmt: skip
+    return scores
 
 
 # --- scenes
@@ -210,7 +212,8 @@ def emoji_tasks(path: str | Path, split: str = "dev") -> list[Task]:
     source = open_source("emoji", path=path, split=split)
     rows: list[dict[str, Any]] = [source.rows[i] for i in range(len(source))]
     pictures = [Message((Image(row["image"]["bytes"]),)) for row in rows]
-    pixels = [picture.images[0].load().tobytes() for picture in pictures]
+    decoded = [picture.images[0].load() for picture in pictures]
+    pixels = [(picture.size, picture.tobytes()) for picture in decoded]
     tags = [frozenset(row["tags"]) for row in rows]
     alike = _equal(pixels, pixels)
     fitting = [sorted({*same, *tagged}) for same, tagged in zip(alike, _equal(tags, tags), strict=True)]

@@ -58,7 +58,7 @@ class Index:
     def create(
         cls, path: str | Path, fingerprint: str, dim: int, *, prompt: str = "", model: str = ""
     ) -> Index:
-        """A new index in folder `path` for one encoder's vectors: fingerprint, dim, prompt, and where it is."""
+        """A new index in folder `path` for one encoder: fingerprint, dim, prompt, and where it came from."""
         if not fingerprint or dim < 1:
             raise SearchError(
                 f"fingerprint {fingerprint!r} and dim {dim}: an index needs its encoder's fingerprint and a "

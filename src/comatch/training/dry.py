@@ -88,7 +88,7 @@ def _stage(todo: Plan, stage: Stage, run: StageRun, trained: int, total: int) ->
     # Frozen matrices need no weight gradient: forward plus input gradient; a matching item runs forward once more under a token budget.
     passes = (3 if full else 2) + (1 if pairs else 0)
     work = forward * passes * run.batch * run.steps * (2 if pairs else 1)
-    bytes_ = total * (4 if full or todo.config.precision == "fp32" else 2) + trained * 16
+    bytes_: float = total * (4 if full or todo.config.precision == "fp32" else 2) + trained * 16
     bytes_ += min(run.tokens_per_pass, run.batch * len(example)) * _BYTES_PER_TOKEN_LAYER_WIDTH * shape.layers * shape.width
     layout = _runs(example)
     objective = ", ".join(f"{name} x {weight:g}" for name, weight in stage.objectives.items())

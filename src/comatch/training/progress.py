@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import resource
-import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 from accelerate import Accelerator
 from rich.console import Console
@@ -76,7 +75,7 @@ class Reporter:
             "bad_rows": bad,
             "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         }
-        self._tell(row)
+        self._tell(step + 1, row)
         self.spent = self.loss = self.accuracy = 0.0
         self.items = self.tokens = self.count = 0
         self.began = now
@@ -86,14 +85,14 @@ class Reporter:
         if self.file:
             self.file.close()
 
-    def _tell(self, row: dict[str, object]) -> None:
+    def _tell(self, step: int, row: dict[str, Any]) -> None:
         told = f"loss {row['loss']:.3f}  {row['items_per_second']:.0f} items/s  {row['tokens_per_second']:.0f} tokens/s"
-        self.bar.update(self.task, completed=row["step"], told=told)
-        self.accelerator.log({k: v for k, v in row.items() if isinstance(v, int | float)}, step=int(str(row["step"])))
+        self.bar.update(self.task, completed=step, told=told)
+        self.accelerator.log({k: v for k, v in row.items() if isinstance(v, int | float)}, step=step)
         if self.file:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
-        last = row["step"] == self.steps
+        last = step == self.steps
         if not self.quiet and not self.console.is_terminal and (last or time.perf_counter() - self.told_at > 5):
             self.told_at = time.perf_counter()
-            print(f"{self.stage} {row['step']}/{self.steps}  {told}", file=sys.stderr, flush=True)
+            self.console.print(f"{self.stage} {step}/{self.steps}  {told}", highlight=False, soft_wrap=True)

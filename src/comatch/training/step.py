@@ -6,8 +6,8 @@ its cached gradients (GradCache, arXiv 2101.06983). A batch that fits one pass k
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +55,7 @@ def token_step(
             losses, hits = next_token(hidden, batch.labels, batch.example, batch.size, backbone.head)
             check_finite(losses, "loss")
             accelerator.backward(losses.sum() * scale)
-        total += float(losses.sum())
+        total += float(losses.detach().sum())
         right += hits.float().cpu()
     return StepResult(total / len(examples), float(right[0] / right[1].clamp(min=1)), len(examples), sum(map(len, examples)))
 
@@ -125,23 +125,17 @@ def _loss(
     grads = torch.autograd.grad(loss, [q, t])
     mine = slice(accelerator.process_index * pairs, (accelerator.process_index + 1) * pairs)
     first = (q.detach() @ t.detach().T).argmax(1) == torch.arange(len(q), device=q.device)
-    return torch.cat([g[mine] for g in grads]) * accelerator.num_processes, float(loss), float(first.float().mean())
+    gradient = torch.cat([g[mine] for g in grads]) * accelerator.num_processes
+    return gradient, float(loss.detach()), float(first.float().mean())
 
 
 def _sync(accelerator: Accelerator, model: nn.Module, last: bool) -> AbstractContextManager[object]:
     return nullcontext() if last else accelerator.no_sync(model)
 
 
-class _dropout:
+@contextmanager
+def _dropout(seed: int) -> Iterator[None]:
     """Fix the random state inside the block and put it back after, so that both passes draw the same dropout."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def __enter__(self) -> None:
-        self.fork = torch.random.fork_rng()
-        self.fork.__enter__()
-        torch.manual_seed(self.seed)
-
-    def __exit__(self, *error: object) -> None:
-        self.fork.__exit__(*error)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
