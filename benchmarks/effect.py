@@ -55,7 +55,10 @@ def run(world: str, arm: str, seed: int, overrides: list[str], emoji: str | None
         "seed": seed,
         "seconds": round(trained, 1),
         "final_loss": {stage: round(float(np.mean(values)), 4) for stage, values in last.items() if values},
-        "scores": {s.name: {"hit": s.hit, "chance": s.chance, "mrr": s.mrr, "n": s.n, "ties": s.ties, "hits": np.flatnonzero(s.hits).tolist()} for s in scores},
+        "scores": {
+            s.name: {"hit": s.hit, "chance": s.chance, "mrr": s.mrr, "n": s.n, "ties": s.ties, "hits": np.flatnonzero(s.hits).tolist()}
+            for s in scores
+        },
     }
 
 
@@ -69,13 +72,27 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
             row: dict[str, Any] = {"world": world, "task": task, "chance": mine[0]["scores"][task]["chance"]}
             for arm, by_seed in hits.items():
                 values = [s["hit"] for s in by_seed.values()]
-                row[arm] = {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else None, "seeds": len(values)} if values else None
+                row[arm] = (
+                    {
+                        "mean": float(np.mean(values)),
+                        "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+                        "seeds": len(values),
+                    }
+                    if values
+                    else None
+                )
             for other in ARMS[:2]:
                 seeds = sorted(set(hits["coma"]) & set(hits[other]))
                 if seeds:
                     a, b = (np.concatenate([dense(hits[arm][s]) for s in seeds]) for arm in (other, "coma"))
                     d = paired_difference(a, b)
-                    row[f"coma - {other}"] = {"mean": d.mean, "low": d.low, "high": d.high, "p": d.p, "per_seed": [hits["coma"][s]["hit"] - hits[other][s]["hit"] for s in seeds]}
+                    row[f"coma - {other}"] = {
+                        "mean": d.mean,
+                        "low": d.low,
+                        "high": d.high,
+                        "p": d.p,
+                        "per_seed": [hits["coma"][s]["hit"] - hits[other][s]["hit"] for s in seeds],
+                    }
             out.append(row)
     return out
 
@@ -89,7 +106,10 @@ def dense(score: dict[str, Any]) -> np.ndarray:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The summary as Markdown."""
-    lines = ["| world | task | chance | " + " | ".join(ARMS) + " | coma - matching | coma - coma-released |", "|---|---|---|" + "---|" * (len(ARMS) + 2)]
+    lines = [
+        "| world | task | chance | " + " | ".join(ARMS) + " | coma - matching | coma - coma-released |",
+        "|---|---|---|" + "---|" * (len(ARMS) + 2),
+    ]
     for row in rows:
         cells = [f"{100 * row[arm]['mean']:.1f} ± {100 * (row[arm]['std'] or 0):.1f}" if row[arm] else "-" for arm in ARMS]
         for other in ARMS[:2]:
@@ -100,6 +120,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
+    """Run what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--world", choices=("scenes", "emoji"), default="scenes")
@@ -125,7 +146,14 @@ def main() -> None:
             record["summary"] = summary(record["runs"])
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(record, indent=1))
-            print(arm, seed, f"{done['seconds']:.0f} s", done["final_loss"], {t: round(s["hit"], 3) for t, s in done["scores"].items()}, flush=True)
+            print(
+                arm,
+                seed,
+                f"{done['seconds']:.0f} s",
+                done["final_loss"],
+                {t: round(s["hit"], 3) for t, s in done["scores"].items()},
+                flush=True,
+            )
     print(table(record["summary"]))
 
 

@@ -45,7 +45,8 @@ def items() -> list[Any]:
 
 def dialogues() -> list[Dialogue]:
     return [
-        Dialogue(as_message(s.draw()), tuple((q, a) for q, a, _ in s.dialogue(i, 1 + 3 * (i % 3)))) for i, s in enumerate(scene(1, j) for j in range(5))
+        Dialogue(as_message(s.draw()), tuple((q, a) for q, a, _ in s.dialogue(i, 1 + 3 * (i % 3))))
+        for i, s in enumerate(scene(1, j) for j in range(5))
     ]
 
 
@@ -187,7 +188,9 @@ def _gradient_reach(encoder: Encoder, visibility: Visibility, batch: Batch) -> t
 ROLES = ("context", "compression", "dialogue")
 
 
-@pytest.mark.parametrize("table", [("c..", "cc.", ".cc"), ("c..", "cc.", "ccc"), ("f..", ".f.", "..c"), ("ff.", "ff.", ".fc"), ("c..", ".c.", ".cc")])
+@pytest.mark.parametrize(
+    "table", [("c..", "cc.", ".cc"), ("c..", "cc.", "ccc"), ("f..", ".f.", "..c"), ("ff.", "ff.", ".fc"), ("c..", ".c.", ".cc")]
+)
 def test_mask_is_gradient_reach(folder_of: Folders, family: str, table: tuple[str, ...]) -> None:
     encoder = load(folder_of, family)
     visibility = Visibility(ROLES, table)

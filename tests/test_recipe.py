@@ -135,7 +135,7 @@ def test_names_and_files_that_are_wrong(tmp_path: Path) -> None:
     bad = tmp_path / "bad.yaml"
     for text, told in [
         ("name: [", "not valid YAML"),
-        ("!!python/object/apply:os.system ['true']", "not valid YAML"),
+        ("!!python/object/apply:os.system ['true']", "tag is refused"),
         ("name: x\nstage: []", "unknown keys ['stage'], missing keys ['stages']"),
         ("name: x\ntokens: 4\nstages: [{name: a, roles: [context], visibilty: [c], objectives: {contrastive: 1}}]", "visibilty"),
         ("- 1", "must be a mapping"),

@@ -256,7 +256,7 @@ class Encoder:
         bad = [i for i in examples if not np.isfinite(vectors[i]).all() or not vectors[i].any()]
         if bad:
             raise ModelError(f"items {bad[:10]} got vectors with NaN or only zeros; the weights are damaged or overflow in {self.backbone.rows.dtype}")
-        if dim is not None:
+        if dim is not None and dim < self.dim:  # to cut nothing changes no bit
             vectors = vectors[:, :dim]
             vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         return vectors

@@ -37,9 +37,7 @@ class Visibility:
         _check_roles(self.roles)
         n = len(self.roles)
         if len(self.table) != n or any(len(row) != n for row in self.table):
-            raise RecipeError(
-                f"visibility {list(self.table)} does not fit {n} roles {list(self.roles)}: give {n} rows of {n} letters"
-            )
+            raise RecipeError(f"visibility {list(self.table)} does not fit {n} roles {list(self.roles)}: give {n} rows of {n} letters")
         bad = sorted({letter for row in self.table for letter in row} - set(LETTERS))
         if bad:
             raise RecipeError(f"visibility {list(self.table)} has unknown letters {bad}; allowed: {LETTERS}")
@@ -134,11 +132,13 @@ class Stage:
             raise RecipeError(f"stage {self.name!r}: bottleneck names {missing}, roles are {list(self.visibility.roles)}")
         if self.visibility.reaches(b.reader, b.hidden, avoiding=b.through):
             raise RecipeError(
-                f"stage {self.name!r}: the bottleneck leaks: {b.reader!r} reaches {b.hidden!r} without {b.through!r} in {list(self.visibility.table)}"
+                f"stage {self.name!r}: the bottleneck leaks: {b.reader!r} reaches {b.hidden!r} without {b.through!r} "
+                f"in {list(self.visibility.table)}"
             )
         if not self.visibility.reaches(b.reader, b.hidden):
             raise RecipeError(
-                f"stage {self.name!r}: {b.through!r} does not carry {b.hidden!r} to {b.reader!r} in {list(self.visibility.table)}; nothing could be learned"
+                f"stage {self.name!r}: {b.through!r} does not carry {b.hidden!r} to {b.reader!r} "
+                f"in {list(self.visibility.table)}; nothing could be learned"
             )
 
 
@@ -165,8 +165,8 @@ class Recipe:
         needs = any("compression" in stage.visibility.roles for stage in self.stages)
         if needs != (self.tokens > 0):
             raise RecipeError(
-                f"recipe {self.name!r} has tokens={self.tokens} but {'a' if needs else 'no'} stage with the role 'compression'; set tokens to "
-                + ("1 or more" if needs else "0")
+                f"recipe {self.name!r} has tokens={self.tokens} but {'a' if needs else 'no'} stage with the role "
+                "'compression'; set tokens to " + ("1 or more" if needs else "0")
             )
 
     def stage(self, name: str) -> Stage:

@@ -41,9 +41,7 @@ class Renderer:
     `plain` gives the tokens of a text in which nothing is special.
     """
 
-    def __init__(
-        self, tokenizer: Any, recipe: Recipe, image_tokens: Callable[[Image], int], first_token: int, window: int
-    ) -> None:
+    def __init__(self, tokenizer: Any, recipe: Recipe, image_tokens: Callable[[Image], int], first_token: int, window: int) -> None:
         self.tokenizer, self.recipe, self.window = tokenizer, recipe, window
         self.image_tokens = image_tokens
         self.plain = lru_cache(maxsize=2**16)(self._plain)
@@ -68,12 +66,7 @@ class Renderer:
         turns = [self._turn(i, question, answer, stage) for i, (question, answer) in enumerate(dialogue.turns)]
         if not turns:
             raise ContentError("a dialogue without turns; give at least one (question, answer) pair")
-        row = Row()
-        if stage.layout == "chat":
-            row.add([self.start, *self.plain("user\n")], "context")
-        self._context(row, dialogue.context, stage, reserve=len(turns[0].ids))
-        if "compression" in stage.visibility.roles:
-            row.add(self.compression, "compression")
+        row = self._opening(dialogue.context, stage, reserve=len(turns[0].ids))
         for turn in turns:
             if len(row.ids) + len(turn.ids) > self.window:
                 row.cut += len(turn.ids)
@@ -87,18 +80,31 @@ class Renderer:
         """Tokens of a text in which nothing is special."""
         return tuple(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
 
-    def prompt(self, question: str) -> list[int]:
-        """Tokens of one open user turn that waits for an answer."""
-        head = [self.start, *self.plain("user\n"), *self.plain(question), self.end, *self.plain("\n")]
-        return [*head, self.start, *self.plain("assistant\n")]
+    def question(self, message: Message, question: str, stage: Stage) -> Row:
+        """The same row up to where the answer to a first question begins."""
+        prompt = self._prompt(question, stage, first=True)
+        row = self._opening(message, stage, reserve=len(prompt))
+        row.add(prompt, "dialogue")
+        return row
+
+    def _opening(self, message: Message, stage: Stage, reserve: int) -> Row:
+        row = Row()
+        if stage.layout == "chat":
+            row.add([self.start, *self.plain("user\n")], "context")
+        self._context(row, message, stage, reserve)
+        if "compression" in stage.visibility.roles:
+            row.add(self.compression, "compression")
+        return row
+
+    def _prompt(self, question: str, stage: Stage, first: bool) -> list[int]:
+        """One user turn that waits for an answer; in the chat layout the first is open already."""
+        head = [] if stage.layout == "chat" and first else [self.start, *self.plain("user\n")]
+        return [*head, *self.plain(question), self.end, *self.plain("\n"), self.start, *self.plain("assistant\n")]
 
     def _turn(self, index: int, question: str, answer: str, stage: Stage) -> Row:
         everything = stage.supervise == "dialogue"
-        prompt = self.prompt(question)
-        if stage.layout == "chat" and index == 0:
-            prompt = prompt[1 + len(self.plain("user\n")) :]
         row = Row()
-        row.add(prompt, "dialogue", everything)
+        row.add(self._prompt(question, stage, first=index == 0), "dialogue", everything)
         row.add([*self.plain(answer), self.end], "dialogue", True)
         row.add(self.plain("\n"), "dialogue", everything)
         return row
@@ -133,7 +139,8 @@ class Renderer:
             cut += take
         if excess > cut:
             raise ContentError(
-                f"its pictures alone take {excess - cut} tokens more than the window of {self.window}; lower images.max_pixels or pass fewer pictures"
+                f"its pictures alone take {excess - cut} tokens more than the window of {self.window}; "
+                "lower images.max_pixels or pass fewer pictures"
             )
         return cut
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ from comatch.analysis.style import (
     save,
     styled,
 )
-from comatch.content import as_message
+from comatch.content import Video, as_message
 from comatch.core.batch import Example
 from comatch.core.masks import dense
 from comatch.errors import EvaluationError
@@ -105,13 +105,14 @@ def attention(report: MaskReport) -> Figure:
         value = float(grid[layer, column])
         ink = "white" if value < 0.55 else INK
         axes.text(column, layer, _share(value), ha="center", va="center", color=ink, fontsize=9)
-    for column, (one, other) in enumerate(zip(pairs, pairs[1:], strict=False)):
-        if one[0] != other[0]:
+    for column, (left, right) in enumerate(pairwise(pairs)):
+        if left[0] != right[0]:
             axes.axvline(column + 0.5, color="white", linewidth=3)
     axes.set_xticks(range(len(pairs)), [f"{roles[i]}\nto {roles[j]}" for i, j in pairs], fontsize=8)
     axes.set_yticks(range(layers), [str(layer) for layer in range(layers)])
     b = report.bottleneck
-    told = "exactly 0 everywhere" if (report.leak == 0).all() else f"single weights up to {report.leak.max():.2g}"
+    leak = float(report.leak.max())
+    told = f"single weights up to {leak:.2g}" if leak else "exactly 0 everywhere"
     axes.set(
         title=f"Share of attention by role, recipe {report.recipe}\n{b.reader} to {b.hidden}: {told}",
         ylabel="layer",
@@ -160,7 +161,7 @@ def projection(
     """
     counts, given = [len(cloud) for cloud in points.coordinates], [len(names) for names in labels]
     if len(titles) != len(counts) or given != counts:
-        raise EvaluationError(f"{len(titles)} titles and {given} labels do not fit clouds of {counts} points")
+        raise EvaluationError(f"{len(titles)} titles and {given} labels, but clouds of {counts} points")
     classes = sorted({name for names in labels for name in names})
     most = len(PALETTE) * len(MARKERS)
     if len(classes) > most:
@@ -195,9 +196,9 @@ def losses(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     stages = list(dict.fromkeys(str(row["stage"]) for rows in runs.values() for row in rows))
     if not stages:
         raise EvaluationError(f"no metrics to draw for {list(runs)}; pass rows with stage, step and loss")
-    figure = Figure(figsize=(4.6 * len(stages) + 0.4, 3.8))
+    figure = Figure(figsize=(3.8 * len(stages) + 0.6, 3.6))
     panels = figure.subplots(1, len(stages), squeeze=False)[0]
-    lines = {}
+    lines, smoothed = {}, False
     for axes, stage in zip(panels, stages, strict=True):
         for i, (name, rows) in enumerate(runs.items()):
             mine = [(float(row["step"]), float(row["loss"])) for row in rows if row["stage"] == stage]
@@ -206,13 +207,14 @@ def losses(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
             steps, values = np.array(mine).T
             window = max(1, len(mine) // 40)
             if window > 1:
-                axes.plot(steps, values, color=colour(i), alpha=0.25, linewidth=0.8)
+                smoothed = True
+                axes.plot(steps, values, color=colour(i), alpha=0.3, linewidth=0.8)
             dash = ("-", "--", ":", "-.")[i % 4]
             mean = running_mean(values, window)
             lines[name] = axes.plot(steps, mean, color=colour(i), linewidth=1.8, linestyle=dash)[0]
         axes.set(title=stage, xlabel="step")
         axes.grid(axis="y", color=PALE, linewidth=0.8)
-    panels[0].set_ylabel("loss (bold: running mean)")
+    panels[0].set_ylabel("loss (bold: running mean)" if smoothed else "loss")
     if len(runs) > 1:
         legend(figure, lines.values(), list(lines), loc="outside lower center", ncols=2 * len(stages))
     return figure
@@ -245,13 +247,14 @@ def scores(
         handles.append(axes.bar(places, heights, width * 0.92, color=colour(i)))
         for x in places:
             if x not in found:
-                axes.text(x, 0, " not measured", rotation=90, ha="center", va="bottom", fontsize=8, color=GREY)
+                axes.text(x, 0, " not measured", rotation=90, ha="center", fontsize=8, color=GREY)
                 continue
             value, low, high = found[x]
-            axes.errorbar([x], [value], [[value - low], [high - value]], color=INK, capsize=2.5, linewidth=1)
-            axes.annotate(
-                f"{value:.2f}", (x, high), (0, 2), textcoords="offset points", ha="center", fontsize=8
-            )
+            if low < high:
+                reach = [[value - low], [high - value]]
+                axes.errorbar([x], [value], reach, color=INK, capsize=2.5, linewidth=1)
+            above = {"xytext": (0, 2), "textcoords": "offset points"}
+            axes.annotate(f"{value:.2f}", (x, high), ha="center", fontsize=8, **above)
     for x, task in enumerate(tasks):
         if chance and task in chance:
             axes.hlines(chance[task], x - 0.45, x + 0.45, color=INK, linestyle=":", linewidth=1.4)
@@ -289,12 +292,12 @@ def searches(rows: Sequence[Search]) -> Figure:
     shape = {"width_ratios": [1.4] + [1] * (columns - 1)}
     grid = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw=shape)
     for axes in grid.flat:
-        axes.set(xticks=[], yticks=[])
+        axes.set(xticks=[], yticks=[], anchor="N")
         axes.spines[:].set_visible(False)
     for line, row in zip(grid, rows, strict=True):
-        _show(line[0], row.query)
+        _show(line[0], row.query, letters=24)
         for axes, (item, score, right) in zip(line[1:], row.results, strict=False):
-            _show(axes, item)
+            _show(axes, item, letters=19)
             tick = " ✓" if right else ""
             axes.set_xlabel(f"{score:.2f}{tick}", fontsize=9, color=RIGHT if right else INK, labelpad=3)
             axes.spines[:].set(visible=True, color=RIGHT if right else PALE, linewidth=3.5 if right else 1)
@@ -313,18 +316,20 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     return mean
 
 
-def _show(axes: Axes, item: Any) -> None:
+def _show(axes: Axes, item: Any, letters: int) -> None:
+    """One item: its first picture and its text below, or its text alone, in lines of so many letters."""
     message = as_message(item)
-    words = textwrap.shorten(message.text, 90, placeholder="...")
-    if not message.images:
-        axes.set(xlim=(0, 1), ylim=(0, 1), box_aspect=1)
-        axes.text(0.5, 0.5, textwrap.fill(words, 18), ha="center", va="center", fontsize=9)
+    pictures = [*message.images, *(part.frames[0] for part in message.parts if isinstance(part, Video))]
+    words = textwrap.shorten(message.text, 7 * letters, placeholder=" ...")
+    text = {"s": textwrap.fill(words, letters), "fontsize": 8, "ha": "center", "transform": axes.transAxes}
+    if not pictures:
+        axes.set(box_aspect=1)
+        axes.text(0.5, 0.5, va="center", **text)
         return
-    picture = message.images[0].load()
+    picture = pictures[0].load()
     picture.thumbnail((256, 256))
     axes.imshow(np.asarray(picture), interpolation="nearest")
-    if words:
-        axes.text(0.5, -0.04, textwrap.fill(words, 24), ha="center", va="top", fontsize=8, transform=axes.transAxes)
+    axes.text(0.5, -0.04, va="top", **text)
 
 
 def _estimate(value: float | Estimate) -> Estimate:

@@ -1,8 +1,8 @@
 """Is the bottleneck real? Attention and gradients of the compression stage, measured on the model itself.
 
-A recipe's table is a promise. Here a recording attention function sees how much the dialogue attends to the context in every layer and
-head, and the gradient of the answer loss is followed back to the pictures, with and without the way through the compression tokens
-(specs/coma.md sections 2.1 and 10).
+A recipe's table is a promise. Here a recording attention function sees how much the dialogue attends to the
+context in every layer and head, and the gradient of the answer loss is followed back to the pictures, with
+and without the way through the compression tokens (specs/coma.md sections 2.1 and 10).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from comatch.errors import ContentError, RecipeError
 from comatch.objectives.tokens import next_token
 from comatch.recipe import Bottleneck, Recipe, Stage
 
-TOKENS = 2048
+TOKENS = 1024
 _NAME = "comatch_watched"
 
 
@@ -34,12 +34,13 @@ _NAME = "comatch_watched"
 class MaskReport:
     """What the layers of one stage do, over all dialogues that were shown.
 
-    declared: whether the recipe promises this bottleneck (without it, the report tells how much leaks). leak: [layers, heads], the largest
-    single attention weight from the bottleneck's reader to what is hidden. mass: [layers, heads, roles, roles], the share of a role's
-    attention (third axis) that goes to a role (fourth), mean over its tokens. difference: largest gap between the model's attention and the
-    recorded weights times the values, in parts of the largest value. gradient: of the answer loss with respect to the picture features,
-    the largest entry of the dialogue where it is smallest. gradient_cut: the largest of all dialogues, with the keys and values
-    of the compression tokens detached.
+    declared: whether the recipe promises this bottleneck (without it, the report tells how much leaks). leak:
+    [layers, heads], the largest single attention weight from the bottleneck's reader to what is hidden. mass:
+    [layers, heads, roles, roles], the share of a role's attention (third axis) that goes to a role (fourth),
+    mean over its tokens. difference: largest gap between the model's attention and the recorded weights times
+    the values, in parts of the largest value. gradient: of the answer loss with respect to the picture
+    features, the largest entry of the dialogue where it is smallest. gradient_cut: the largest of all
+    dialogues, with the keys and values of the compression tokens detached.
     """
 
     recipe: str
@@ -63,29 +64,47 @@ class MaskReport:
     @property
     def leaked(self) -> float:
         """Mean share of the reader's attention that goes to what should be hidden, over layers and heads."""
-        return float(self.mass[:, :, self.roles.index(self.bottleneck.reader), self.roles.index(self.bottleneck.hidden)].mean())
+        return float(
+            self.mass[
+                :, :, self.roles.index(self.bottleneck.reader), self.roles.index(self.bottleneck.hidden)
+            ].mean()
+        )
 
     @property
     def faults(self) -> tuple[str, ...]:
         """What is wrong, one sentence each; empty where the bottleneck holds."""
         b, found = self.bottleneck, []
         if not self.difference <= self.tolerance:
-            found.append(f"the recorded weights are not the model's attention: off by {self.difference:.2g}, allowed {self.tolerance:.2g}")
+            found.append(
+                f"the recorded weights are not the model's attention: off by {self.difference:.2g}, allowed "
+                f"{self.tolerance:.2g}"
+            )
         if not (self.leak == 0).all():
             layer, head = np.unravel_index(np.nanargmax(self.leak), self.leak.shape)
             found.append(
-                f"{b.reader} attends to {b.hidden}: weights up to {self.leak.max():.3g} (layer {layer}, head {head}), "
+                f"{b.reader} attends to {b.hidden}: weights up to {self.leak.max():.3g} (layer {layer}, head "
+                f"{head}), "
                 f"{self.leaked:.1%} of its attention on average"
             )
         if not self.gradient > 0:
-            found.append(f"no gradient from the answers to the picture ({self.gradient:.2g}): {b.through} carries nothing of {b.hidden}")
+            found.append(
+                f"no gradient from the answers to the picture ({self.gradient:.2g}): {b.through} carries "
+                f"nothing of {b.hidden}"
+            )
         if self.gradient_cut != 0:
-            found.append(f"with {b.through} cut out, the answers still reach the picture: gradient up to {self.gradient_cut:.2g}, uncut {self.gradient:.2g}")
+            found.append(
+                f"with {b.through} cut out, the answers still reach the picture: gradient up to "
+                f"{self.gradient_cut:.2g}"
+            )
         return tuple(found)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
-        plain = asdict(self) | {"leak": self.leak.tolist(), "mass": self.mass.tolist(), "roles": list(self.roles)}
+        plain = asdict(self) | {
+            "leak": self.leak.tolist(),
+            "mass": self.mass.tolist(),
+            "roles": list(self.roles),
+        }
         return plain | {"ok": self.ok, "leaked": self.leaked, "faults": list(self.faults)}
 
 
@@ -94,23 +113,30 @@ def dialogue_stage(recipe: Recipe) -> Stage | None:
     for stage in recipe.stages:
         if stage.bottleneck is not None:
             return stage
-    return next((s for s in recipe.stages if {"context", "compression", "dialogue"} <= set(s.visibility.roles)), None)
+    return next(
+        (s for s in recipe.stages if {"context", "compression", "dialogue"} <= set(s.visibility.roles)), None
+    )
 
 
 def mask_check(encoder: Encoder, dialogues: Sequence[Dialogue]) -> MaskReport:
     """Run the stage with the bottleneck over dialogues about pictures, and report what attends to what and where gradients flow.
 
-    Weights stay as they are. Raises RecipeError where the recipe has no such stage, ContentError where a dialogue shows no picture.
+    Weights stay as they are. Raises RecipeError where the recipe has no such stage, ContentError where a
+    dialogue shows no picture.
     """
     stage = dialogue_stage(encoder.recipe)
     if stage is None:
         raise RecipeError(
-            f"recipe {encoder.recipe.name!r} has no stage with the roles context, compression and dialogue, so no bottleneck to check; "
+            f"recipe {encoder.recipe.name!r} has no stage with the roles context, compression and dialogue, "
+            "so no bottleneck to check; "
             "try a model of the recipe coma"
         )
     blind = [i for i, dialogue in enumerate(dialogues) if not dialogue.context.images]
     if blind or not dialogues:
-        raise ContentError(f"the mask check needs dialogues about pictures; got {len(dialogues)}, without a picture: {blind[:10]}")
+        raise ContentError(
+            f"the mask check needs dialogues about pictures; got {len(dialogues)}, without a picture: "
+            f"{blind[:10]}"
+        )
     promise = stage.bottleneck or Bottleneck()
     examples = [encoder.preparer.dialogue(dialogue, stage) for dialogue in dialogues]
     watch = _Watch(stage.visibility.roles, promise)
@@ -131,7 +157,8 @@ def mask_check(encoder: Encoder, dialogues: Sequence[Dialogue]) -> MaskReport:
         dialogues=len(dialogues),
         roles=watch.roles,
         leak=torch.stack([watch.leak[layer] for layer in sorted(watch.leak)]).cpu().numpy(),
-        mass=torch.stack([watch.mass[layer] for layer in sorted(watch.mass)]).cpu().numpy() / watch.tokens.cpu().numpy()[:, None],
+        mass=torch.stack([watch.mass[layer] for layer in sorted(watch.mass)]).cpu().numpy()
+        / watch.tokens.cpu().numpy()[:, None],
         difference=watch.difference,
         tolerance=watch.tolerance,
         gradient=min(free),
@@ -139,11 +166,13 @@ def mask_check(encoder: Encoder, dialogues: Sequence[Dialogue]) -> MaskReport:
     )
 
 
-def attention_weights(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, scaling: float) -> torch.Tensor:
+def attention_weights(
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, scaling: float
+) -> torch.Tensor:
     """Softmax of the masked scores, written out.
 
-    query: [batch, heads, seq, head_dim]. key: [batch, key_heads, seq, head_dim]. mask: bool [batch, 1, seq, seq]. Returns float32
-    [batch, heads, seq, seq]; rows sum to 1 and what the mask forbids is exactly 0.
+    query: [batch, heads, seq, head_dim]. key: [batch, key_heads, seq, head_dim]. mask: bool [batch, 1, seq,
+    seq]. Returns float32 [batch, heads, seq, seq]; rows sum to 1 and what the mask forbids is exactly 0.
     """
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     scores = query.float() @ key.float().transpose(2, 3) * scaling
@@ -177,12 +206,21 @@ class _Watch:
         """What `attending` needs to record one batch."""
         ids = torch.tensor([ROLE_ID[role] for role in self.roles], device=batch.roles.device)
         places = (batch.roles.unsqueeze(-1) == ids).float()
-        reader, hidden = (places[..., self.roles.index(role)].bool() for role in (self.promise.reader, self.promise.hidden))
+        reader, hidden = (
+            places[..., self.roles.index(role)].bool() for role in (self.promise.reader, self.promise.hidden)
+        )
         forbidden = (reader.unsqueeze(2) & hidden.unsqueeze(1)).unsqueeze(1)
         self.tokens = self.tokens.to(places.device) + places.sum((0, 1))
 
         def wrap(inner: Callable[..., Any]) -> Callable[..., Any]:
-            def record(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **rest: Any) -> Any:
+            def record(
+                module: Any,
+                query: torch.Tensor,
+                key: torch.Tensor,
+                value: torch.Tensor,
+                mask: Any,
+                **rest: Any,
+            ) -> Any:
                 out, nothing = inner(module, query, key, value, mask, **rest)
                 weights = attention_weights(query, key, rest["visibility_mask"], rest["scaling"])
                 self._compare(weights, value, out)
@@ -209,7 +247,9 @@ def _without(batch: Batch, role: str) -> Callable[[Callable[..., Any]], Callable
     cut = (batch.roles == ROLE_ID[role])[:, None, :, None]
 
     def wrap(inner: Callable[..., Any]) -> Callable[..., Any]:
-        def detached(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **rest: Any) -> Any:
+        def detached(
+            module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **rest: Any
+        ) -> Any:
             key, value = (torch.where(cut, x.detach(), x) for x in (key, value))
             return inner(module, query, key, value, mask, **rest)
 

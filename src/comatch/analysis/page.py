@@ -1,6 +1,7 @@
 """A report as one HTML file that holds everything itself: no script, no request, pictures inside, and safe whatever the texts say.
 
-Every text is escaped, and the content security policy admits inline pictures and this page's own style (by its hash), nothing else.
+Every text is escaped, and the content security policy admits inline pictures and this page's own style (by
+its hash), nothing else.
 """
 
 from __future__ import annotations
@@ -34,12 +35,14 @@ a { color: inherit }
 .wide { overflow-x: auto; margin: 1rem 0 }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums }
 th, td { padding: .35rem .8rem; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top }
+td:not(.number) { min-width: 8rem }
 th { background: var(--head); font-weight: 600 }
 .number { text-align: right; white-space: nowrap }
 figure { margin: 1.2rem 0 }
 img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 8px; padding: .5rem;
   border: 1px solid var(--line) }
 figcaption { color: var(--soft); font-size: .9rem; margin-top: .4rem; max-width: 46rem }
+@media (max-width: 40rem) { img { min-width: 36rem } }
 @media print { body { max-width: none } figure, tr { break-inside: avoid } }
 """
 
@@ -65,7 +68,8 @@ class Picture:
 class Section:
     """A heading, paragraphs (separated by blank lines), one table and pictures, in this order.
 
-    table: rows as mappings of column to value; columns are the keys in order of first appearance, and a missing cell shows a dash.
+    table: rows as mappings of column to value; columns are the keys in order of first appearance, and a
+    missing cell shows a dash.
     """
 
     title: str
@@ -84,8 +88,12 @@ def write_page(path: str | Path, title: str, sections: Sequence[Section]) -> Pat
 
 def _page(title: str, sections: Sequence[Section]) -> str:
     style = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode("ascii")
-    policy = f"default-src 'none'; img-src data:; style-src 'sha256-{style}'; base-uri 'none'; form-action 'none'"
-    links = "".join(f'<li><a href="#s{i}">{escape(section.title)}</a></li>' for i, section in enumerate(sections))
+    policy = (
+        f"default-src 'none'; img-src data:; style-src 'sha256-{style}'; base-uri 'none'; form-action 'none'"
+    )
+    links = "".join(
+        f'<li><a href="#s{i}">{escape(section.title)}</a></li>' for i, section in enumerate(sections)
+    )
     return "\n".join(
         [
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
@@ -118,14 +126,22 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     numeric = {c for c in columns if all(isinstance(row.get(c), int | float | None) for row in rows)}
     kind = {c: ' class="number"' if c in numeric else "" for c in columns}
     head = "".join(f'<th scope="col"{kind[c]}>{escape(str(c))}</th>' for c in columns)
-    body = ["<tr>" + "".join(f"<td{kind[c]}>{escape(_cell(row.get(c)))}</td>" for c in columns) + "</tr>" for row in rows]
+    body = [
+        "<tr>" + "".join(f"<td{kind[c]}>{escape(_cell(row.get(c)))}</td>" for c in columns) + "</tr>"
+        for row in rows
+    ]
     # Focusable, so that a wide table can be scrolled from the keyboard.
-    return f'<div class="wide" tabindex="0"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n' + "\n".join(body) + "\n</tbody></table></div>"
+    return (
+        f'<div class="wide" tabindex="0"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n'
+        + "\n".join(body)
+        + "\n</tbody></table></div>"
+    )
 
 
 def _figure(picture: Picture) -> str:
     caption = f"<figcaption>{escape(picture.caption)}</figcaption>" if picture.caption else ""
-    return f'<figure><img src="{picture.uri}" alt="{escape(picture.alt)}">{caption}</figure>'
+    image = f'<img src="{picture.uri}" alt="{escape(picture.alt)}">'
+    return f'<figure><div class="wide" tabindex="0">{image}</div>{caption}</figure>'
 
 
 def _cell(value: Any) -> str:

@@ -24,9 +24,10 @@ TOKENS = 8192
 class RedundancyReport:
     """How alike the K compression tokens of an item end up, mean over items.
 
-    cosine: [K, K], between the final states of two tokens of one item. rank: effective rank of an item's [K, dim] states, from 1 (all
-    parallel) to K: e to the entropy of the singular values as shares of their sum (Roy and Vetterli 2007). The centred forms are the same
-    after the mean state over all items and tokens is taken away, which states of language models largely share.
+    cosine: [K, K], between the final states of two tokens of one item. rank: effective rank of an item's [K,
+    dim] states, from 1 (all parallel) to K: e to the entropy of the singular values as shares of their sum
+    (Roy and Vetterli 2007). The centred forms are the same after the mean state over all items and tokens is
+    taken away, which states of language models largely share.
     """
 
     tokens: int
@@ -53,7 +54,10 @@ class RedundancyReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
-        plain = asdict(self) | {"cosine": self.cosine.tolist(), "cosine_centred": self.cosine_centred.tolist()}
+        plain = asdict(self) | {
+            "cosine": self.cosine.tolist(),
+            "cosine_centred": self.cosine_centred.tolist(),
+        }
         means = {"mean_cosine": self.mean_cosine, "mean_cosine_centred": self.mean_cosine_centred}
         return plain | means | {"redundant": self.redundant, "limit": LIMIT}
 
@@ -61,11 +65,14 @@ class RedundancyReport:
 def states(encoder: Encoder, items: Sequence[Any]) -> list[np.ndarray]:
     """Final states of each item's compression tokens, before pooling: one float32 [K, dim] per item, in the order given.
 
-    items: what `as_message` reads. Raises RecipeError where the recipe has no compression tokens, ContentError for an item that cannot be read.
+    items: what `as_message` reads. Raises RecipeError where the recipe has no compression tokens,
+    ContentError for an item that cannot be read.
     """
     stage = encoder.stage
     if "compression" not in stage.visibility.roles:
-        raise RecipeError(f"recipe {encoder.recipe.name!r} pools {stage.pooling!r} and has no compression tokens to look at; try a model of the recipe coma")
+        raise RecipeError(
+            f"recipe {encoder.recipe.name!r} pools {stage.pooling!r} and has no compression tokens to look at; try a model of the recipe coma"
+        )
     examples = [encoder.preparer.item(message, stage) for message in as_messages(items)]
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
     found: dict[int, np.ndarray] = {}
@@ -74,17 +81,23 @@ def states(encoder: Encoder, items: Sequence[Any]) -> list[np.ndarray]:
         with torch.no_grad():
             hidden = encoder.backbone(batch, stage.visibility)
         compression = batch.roles == ROLE_ID["compression"]
-        found |= {order[i]: hidden[compression & (batch.example == place)].float().cpu().numpy() for place, i in enumerate(chosen)}
+        found |= {
+            order[i]: hidden[compression & (batch.example == place)].float().cpu().numpy()
+            for place, i in enumerate(chosen)
+        }
     return [found[i] for i in range(len(examples))]
 
 
 def redundancy(encoder: Encoder, items: Sequence[Any]) -> RedundancyReport:
     """Measure how alike the compression tokens are over some items (a few dozen are enough).
 
-    Raises RecipeError where there are fewer than two compression tokens, ContentError where there are no items.
+    Raises RecipeError where there are fewer than two compression tokens, ContentError where there are no
+    items.
     """
     if encoder.recipe.tokens < 2:
-        raise RecipeError(f"recipe {encoder.recipe.name!r} has tokens={encoder.recipe.tokens}; redundancy compares at least 2 compression tokens")
+        raise RecipeError(
+            f"recipe {encoder.recipe.name!r} has tokens={encoder.recipe.tokens}; redundancy compares at least 2 compression tokens"
+        )
     if not len(items):
         raise ContentError("no items to measure redundancy on; pass at least one")
     stack = np.stack(states(encoder, items)).astype(np.float64)

@@ -1,6 +1,7 @@
 """One look for all figures: colours that colour-blind readers can tell apart (Okabe and Ito), sizes, and how figures leave as PNG.
 
-Figures are made without pyplot, so nothing global changes and no window opens. Text is never read as formulas: `$` is a dollar.
+Figures are made without pyplot, so nothing global changes and no window opens. Text is never read as
+formulas: `$` is a dollar.
 """
 
 from __future__ import annotations
@@ -25,7 +26,12 @@ except ModuleNotFoundError as error:
 __all__ = ["Axes", "Figure", "data_uri", "legend", "png", "save", "styled"]
 
 PALETTE: Final = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F7F7F", "#E5C700")
-ROLE_COLOUR: Final = {"context": PALETTE[0], "compression": PALETTE[1], "dialogue": PALETTE[2], "target": PALETTE[3]}
+ROLE_COLOUR: Final = {
+    "context": PALETTE[0],
+    "compression": PALETTE[1],
+    "dialogue": PALETTE[2],
+    "target": PALETTE[3],
+}
 RIGHT: Final = PALETTE[2]
 PALE: Final = "#ECECEF"
 GREY: Final = "#666666"

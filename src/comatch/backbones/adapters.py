@@ -33,7 +33,9 @@ def attach(backbone: Backbone, kind: str, *, r: int, alpha: int, dropout: float,
     names = [name for name, _ in backbone.stock.named_modules()]
     missing = [t for t in targets if not any(n.startswith("model.language_model.") and n.endswith("." + t) for n in names)]
     if missing:
-        raise ModelError(f"adapter.targets {missing} match no layer of the language model; Qwen's attention has q_proj, k_proj, v_proj, o_proj")
+        raise ModelError(
+            f"adapter.targets {missing} match no layer of the language model; Qwen's attention has q_proj, k_proj, v_proj, o_proj"
+        )
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
@@ -84,4 +86,3 @@ def cast_trainable(module: nn.Module, dtype: torch.dtype = torch.float32) -> Non
     """Keep everything that trains in float32: small updates are lost in bf16 (specs/coma.md 8.3)."""
     for parameter in trainable(module).values():
         parameter.data = parameter.data.to(dtype)
-

@@ -33,8 +33,9 @@ def masked(
 ) -> tuple[torch.Tensor, None]:
     """Attention under the mask that `Backbone.forward` hands down.
 
-    query: [batch, heads, seq, head_dim]. key, value: [batch, key_heads, seq, head_dim]. visibility_mask: bool [batch, 1, seq, seq], True where a
-    query sees a key. attention_mask: always None, because transformers makes none for our name. Returns [batch, seq, heads, head_dim].
+    query: [batch, heads, seq, head_dim]. key, value: [batch, key_heads, seq, head_dim].
+    visibility_mask: bool [batch, 1, seq, seq], True where a query sees a key. attention_mask: always None, because
+    transformers makes none for our name. Returns [batch, seq, heads, head_dim].
     """
     if key.shape[1] != query.shape[1]:
         repeats = query.shape[1] // key.shape[1]
@@ -56,7 +57,8 @@ def segments(
 ) -> tuple[torch.Tensor, None]:
     """Full attention inside each segment.
 
-    query, key, value: [1, heads, total, head_dim]. cu_seq_lens_q: [segments + 1], where segments begin and end. Returns [1, total, heads, head_dim].
+    query, key, value: [1, heads, total, head_dim]. cu_seq_lens_q: [segments + 1], where segments begin and end.
+    Returns [1, total, heads, head_dim].
     """
     lengths = cu_seq_lens_q[1:] - cu_seq_lens_q[:-1]
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
@@ -73,9 +75,7 @@ def segments(
     return out.unsqueeze(0), None
 
 
-def _sdpa(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scaling: float, dropout: float
-) -> torch.Tensor:
+def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scaling: float, dropout: float) -> torch.Tensor:
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, dropout_p=dropout)
     # torch's CPU kernel takes three times as long in bf16 as in float32 on short rows (forward and backward, torch 2.13).

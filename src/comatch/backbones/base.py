@@ -36,9 +36,7 @@ class Backbone(nn.Module):
     `rows`: [K, dim] float32, the only part of the vocabulary that is trained. Their token ids follow the tokenizer's last id.
     """
 
-    def __init__(
-        self, model: Any, tokenizer: Any, processor: Any, recipe: Recipe | None = None, source: str = "", seed: int = 0
-    ) -> None:
+    def __init__(self, model: Any, tokenizer: Any, processor: Any, recipe: Recipe | None = None, source: str = "", seed: int = 0) -> None:
         super().__init__()
         self.hf, self.tokenizer, self.processor, self.source = model, tokenizer, processor, source
         self.family = family(model.config)
@@ -73,7 +71,13 @@ class Backbone(nn.Module):
             config = AutoConfig.from_pretrained(folder)
             family(config)
             model, info = AutoModelForImageTextToText.from_pretrained(
-                folder, config=config, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True
+                folder,
+                config=config,
+                dtype=dtype,
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # not ignored: `check_loaded` names them, transformers does not
             )
             tokenizer = AutoTokenizer.from_pretrained(folder)
             processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
@@ -176,12 +180,13 @@ class Backbone(nn.Module):
         rows = len(self.text.embed_tokens.weight)
         if first + len(names) > rows:
             raise ModelError(
-                f"{len(names)} compression tokens from id {first} on do not fit the embedding table of {rows} rows; use at most {rows - first}"
+                f"{len(names)} compression tokens from id {first} on do not fit the embedding table of {rows} rows; "
+                f"use at most {rows - first}"
             )
         return first, bool(known)
 
     def _first_rows(self, tokens: int, trained: bool, seed: int) -> torch.Tensor:
-        """The checkpoint's rows where it has them, else the vocabulary's mean plus noise of a tenth of its spread: ordinary but distinct."""
+        """The checkpoint's rows where it has them, else the vocabulary's mean plus a tenth of its spread in noise."""
         table: torch.Tensor = self.text.embed_tokens.weight.detach().float()
         if trained:
             return table[self.first_token : self.first_token + tokens].clone()
@@ -196,4 +201,6 @@ def check_loaded(folder: Path, info: dict[str, Any]) -> None:
     faults |= {"conversion_errors": sorted(map(str, info.get("conversion_errors") or ()))}
     if any(faults.values()):
         told = "; ".join(f"{kind}: {len(keys)}, {keys[:10]}" for kind, keys in faults.items() if keys)
-        raise ModelError(f"{folder} does not fit its architecture, nothing was loaded: {told}. Loading it anyway would leave random weights")
+        raise ModelError(
+            f"{folder} does not fit its architecture, nothing was loaded: {told}. Loading it anyway would leave random weights"
+        )

@@ -52,7 +52,9 @@ def check_folder(folder: Path, weights: str = "model*.safetensors") -> None:
     for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json"):
         path = folder / name
         if path.is_file() and _names_code(read_json(path)):
-            raise ModelError(f"{path} has 'auto_map', which runs code from the model folder; comatch never does. Use a model that stock transformers loads")
+            raise ModelError(
+                f"{path} has 'auto_map', which runs code from the model folder; comatch never does. Use one that stock transformers loads"
+            )
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
     if pickles and not any(folder.glob(weights)):
         raise ModelError(

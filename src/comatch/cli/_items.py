@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from comatch.data.items import Item
     from comatch.encoder import Encoder
 
-Model = Annotated[str, typer.Argument(help="A shipped name, a folder, a run's folder or a hub id.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A shipped name, a folder, a run's folder or a hub id.")
+]
 TextColumn = Annotated[str | None, typer.Option(help="The column of a table that holds texts.")]
 ImageColumn = Annotated[
     str | None, typer.Option(help="The column of a table that holds pictures or their paths.")

@@ -9,12 +9,14 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from comatch.errors import DataError
+
 Write = Callable[[Sequence[str], Any], None]
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the place of `path` when all went well, and leaves no trace otherwise."""
+    """A file that takes the place of `path` when all went well and leaves no trace otherwise; DataError."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with aside.open("wb") as file:
@@ -22,6 +24,8 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
         aside.unlink(missing_ok=True)
 
@@ -48,9 +52,8 @@ def _npy(path: Path, dim: int, fingerprint: str) -> Iterator[Write]:
 
         def header() -> None:
             # numpy pads it so that the number of rows can grow in place
-            npy.write_array_header_1_0(
-                file, {"descr": "<f4", "fortran_order": False, "shape": (rows, dim)}
-            )
+            file.seek(0)
+            npy.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (rows, dim)})
 
         def write(ids: Sequence[str], vectors: Any) -> None:
             nonlocal rows
@@ -58,10 +61,8 @@ def _npy(path: Path, dim: int, fingerprint: str) -> Iterator[Write]:
             file.write(vectors.astype("<f4").tobytes())
             names.writelines(f"{json.dumps(id)}\n".encode() for id in ids)
 
-        file.write(npy.magic(1, 0))
         header()
         yield write
-        file.seek(npy.MAGIC_LEN)
         header()
 
 

@@ -23,7 +23,7 @@ def command(
     source: Annotated[
         str | None,
         typer.Argument(
-            metavar="[INPUT]",
+            metavar="INPUT",
             help="A folder of pictures, a CSV, TSV, JSONL or Parquet table, or - for standard input: lines "
             "that are JSON objects, or texts.",
         ),

@@ -59,7 +59,9 @@ def command(
         console.print(f"[bold]training:[/bold] {name}")
         folders[recipe] = _train(recipe, out, fast, quiet)
     encoders = _encoders(folders)
-    scores = {recipe: _evaluate(encoder, name, fast, quiet) for (recipe, name), encoder in zip(_NAMES.items(), encoders.values(), strict=True)}
+    scores = {
+        recipe: _evaluate(encoder, name, fast, quiet) for (recipe, name), encoder in zip(_NAMES.items(), encoders.values(), strict=True)
+    }
     pictures = _draw_pictures(out / "pictures", 60 if fast else 300)
     found = _search(encoders["coma"], folders["coma"], out, pictures)
     results = Results(folders, encoders, scores, found)
@@ -139,8 +141,9 @@ def _report(results: Results, out: Path) -> Path:
     sections = [
         Section(
             "Scores side by side",
-            "hit@1 on held-out scenes: how often the right candidate comes first. Both models start from the same nano VLM and saw the same "
-            "pairs for the same number of contrastive steps; one compressed first. A single seed: benchmarks/effect.py repeats it with several.",
+            "hit@1 on held-out scenes: how often the right candidate comes first. Both models start from the same nano VLM and "
+            "saw the same pairs for the same number of contrastive steps; one compressed first. This is a single seed: "
+            "benchmarks/effect.py repeats it with several.",
             table=_rows(results.scores),
             pictures=[_score_picture(results.scores)],
         ),
@@ -188,8 +191,13 @@ def _token_section(results: Results) -> Section:
     from comatch.data.scenes import scene
 
     report = redundancy(results.encoders["coma"], [scene(98, i, "test").draw() for i in range(64)])
-    text = f"Mean cosine between different compression tokens of one picture: {report.mean_cosine:.2f}; effective rank {report.rank:.1f} of {report.tokens}."
-    return Section("Similarity of the compression tokens", text, pictures=[Picture(figures.data_uri(figures.similarity(report)), "heat map of token similarity")])
+    text = f"Mean cosine between different compression tokens of one picture: {report.mean_cosine:.2f}. "
+    text += f"Effective rank: {report.rank:.1f} of {report.tokens}."
+    return Section(
+        "Similarity of the compression tokens",
+        text,
+        pictures=[Picture(figures.data_uri(figures.similarity(report)), "heat map of token similarity")],
+    )
 
 
 def _projection_section(results: Results) -> Section:
@@ -222,7 +230,9 @@ def _search_section(results: Results, out: Path) -> Section:
     from comatch.analysis.page import Picture, Section
 
     rows = [
-        figures.Search(query, [(out / "pictures" / name, score, isinstance(query, Path) and query.name == name or None) for name, score in hits])
+        figures.Search(
+            query, [(out / "pictures" / name, score, (isinstance(query, Path) and query.name == name) or None) for name, score in hits]
+        )
         for query, hits in results.found
     ]
     picture = Picture(figures.data_uri(figures.searches(rows)), "six searches, the query left and the best pictures right")

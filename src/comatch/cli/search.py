@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def command(
     folder: Annotated[Path, typer.Argument(metavar="INDEX", help="A folder that `comatch index` made.")],
     words: Annotated[
-        str | None, typer.Argument(metavar="[WORDS]", help="What to look for, or - for one query per line.")
+        str | None, typer.Argument(metavar="WORDS", help="What to look for, or - for one query per line.")
     ] = None,
     image: Annotated[Path | None, typer.Option(help="A picture to look for, or a part of the query.")] = None,
     model: Annotated[str | None, typer.Option(help="The model, where it is no longer where it was.")] = None,

@@ -10,12 +10,8 @@ import typer
 
 def command(
     file: Annotated[Path, typer.Argument(help="A run's YAML file, as in runs/coma-nano.yaml.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Changes on top, as in seed=1.")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Build everything but the weights, print layout, memory and time.")
-    ] = False,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Changes on top, as in seed=1.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Build everything but the weights, print layout, memory and time.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete a run that is already in the folder.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress; metrics are written all the same.")] = False,
 ) -> None:

@@ -42,7 +42,9 @@ class ImageSettings:
         size = processor.size
         resample = PILImage.Resampling(processor.resample)
         if resample is not PILImage.Resampling.BICUBIC or abs(processor.rescale_factor * 255 - 1) > 1e-9:
-            raise ModelError(f"image processor with resample={resample!r}, rescale_factor={processor.rescale_factor}: only bicubic and 1/255 are known")
+            raise ModelError(
+                f"image processor with resample={resample!r}, rescale_factor={processor.rescale_factor}: only bicubic and 1/255 are known"
+            )
         return cls(
             patch=processor.patch_size,
             merge=processor.merge_size,

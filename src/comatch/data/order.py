@@ -10,8 +10,8 @@ _ROUNDS = 4
 def shuffled(position: int, rows: int, seed: int) -> tuple[int, int]:
     """(row, epoch) of the sample at a position that counts on over epochs.
 
-    A keyed Feistel network permutes the next power of four above `rows`; walking its cycle until the value is in range makes it a permutation
-    of `range(rows)`, another in each epoch, in constant memory.
+    A keyed Feistel network permutes the next power of four above `rows`; walking its cycle until the value is in range
+    makes it a permutation of `range(rows)`, another in each epoch, in constant memory.
     """
     epoch, value = divmod(position, rows)
     half = max(1, ((rows - 1).bit_length() + 1) // 2)

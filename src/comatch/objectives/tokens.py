@@ -23,7 +23,8 @@ def next_token(
     """Cross-entropy of each example, averaged over its supervised tokens.
 
     hidden: [rows, seq, dim]. labels: [rows, seq], the token to predict from each place, negative for none. example: [rows, seq].
-    head: [n, dim] -> [n, vocabulary]. Returns (loss [size] float32, 0 where nothing is supervised; right [2] = tokens predicted right, tokens).
+    head: [n, dim] -> [n, vocabulary]. Returns (loss [size] float32, 0 where nothing is supervised; [2] = tokens
+    predicted right, tokens).
     """
     chosen = labels >= 0
     states, targets, owner = hidden[chosen], labels[chosen], example[chosen]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-from comatch.errors import RecipeError
+from comatch.errors import ConfigError, RecipeError
 from comatch.recipe import Recipe
 from comatch.recipes import coma, matching, vlm
 
@@ -23,10 +23,10 @@ def load_recipe(name: str | Path) -> Recipe:
         raise RecipeError(f"no recipe {str(name)!r}; {hint}known: {sorted(RECIPES)}, or a path ending in .yaml")
     if not path.is_file():
         raise RecipeError(f"recipe file {str(name)!r} does not exist; known names: {sorted(RECIPES)}")
-    import yaml
+    from comatch.plain_yaml import parse
 
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe file {str(name)!r} is not valid YAML: {error}") from error
+        data, _ = parse(path.read_text(encoding="utf-8"), str(name))
+    except (ConfigError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe file {error}") from error
     return Recipe.from_dict(data)

@@ -32,7 +32,6 @@ from comatch.training.progress import Reporter
 from comatch.training.run import RunFolder
 from comatch.training.step import StepResult, check_finite, contrastive_step, token_step
 
-
 UNTRAINED = "untrained-nano"
 
 
@@ -47,7 +46,7 @@ class Plan:
 
 
 def plan(config: RunConfig) -> Plan:
-    """Check a config against its recipe, open its data and load its model. Raises ConfigError or DataError before anything heavy is loaded."""
+    """Check a config against its recipe, open its data, load its model. Raises ConfigError or DataError before anything heavy is loaded."""
     recipe = load_recipe(config.recipe).with_tokens(config.tokens)
     check_stages(config, recipe)
     stages = [(stage, run, stage_source(config, run)) for stage in recipe.stages if (run := config.stages.get(stage.name))]
@@ -93,8 +92,8 @@ def open_parameters(config: RunConfig, backbone: Backbone) -> None:
 def train(config: RunConfig, *, overwrite: bool = False, quiet: bool = False) -> Path:
     """Run every stage that the config names and return the run folder.
 
-    Each finished stage is saved under its name in the run folder; `Encoder.load(folder)` loads the last. Raises TrainingError where the folder
-    already holds a run, or a loss is not finite.
+    Each finished stage is saved under its name in the run folder; `Encoder.load(folder)` loads the last. Raises TrainingError
+    where the folder already holds a run, or a loss is not finite.
     """
     set_seed(config.seed)
     todo = plan(config)
@@ -195,7 +194,15 @@ def _step(accelerator: Accelerator, model: nn.Module, samples: Sequence[Sample],
     if "contrastive" in stage.objectives:
         queries, targets = zip(*(sample.examples for sample in samples), strict=True)
         return contrastive_step(
-            accelerator, model, queries, targets, stage, run.tokens_per_pass, temperature=run.temperature, symmetric=run.symmetric, seed=seed
+            accelerator,
+            model,
+            queries,
+            targets,
+            stage,
+            run.tokens_per_pass,
+            temperature=run.temperature,
+            symmetric=run.symmetric,
+            seed=seed,
         )
     examples = [sample.examples[0] for sample in samples]
     return token_step(accelerator, model, examples, stage, run.tokens_per_pass, run.batch)

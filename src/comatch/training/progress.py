@@ -43,7 +43,7 @@ class Reporter:
 
     def __enter__(self) -> Reporter:
         if self.active:
-            self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
+            self.file = open(self.path, "a", encoding="utf-8")
         self.bar.start()
         self.task = self.bar.add_task(self.stage, total=self.steps, told="")
         return self

@@ -34,9 +34,14 @@ class RunFolder:
         if path.exists() and any(path.iterdir()):
             state = folder._state()
             if not overwrite:
-                raise TrainingError(f"run folder {path} already holds {state}; choose another with output=..., or pass --overwrite to delete it first")
+                raise TrainingError(
+                    f"run folder {path} already holds {state}; choose another with output=..., or pass --overwrite to delete it first"
+                )
             if state == "files that are no run":
-                raise TrainingError(f"run folder {path} holds files that are not a comatch run, --overwrite will not delete them; choose another with output=...")
+                raise TrainingError(
+                    f"run folder {path} holds files that are not a comatch run, --overwrite will not delete them; "
+                    "choose another with output=..."
+                )
             shutil.rmtree(path)
         path.mkdir(parents=True, exist_ok=True)
         (path / "config.yaml").write_text(dump(config), encoding="utf-8")

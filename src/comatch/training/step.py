@@ -105,7 +105,9 @@ def contrastive_step(
 def check_finite(value: torch.Tensor, what: str) -> None:
     """Raise TrainingError before a non-finite number can reach the weights (row 22)."""
     if not bool(torch.isfinite(value).all()):
-        raise TrainingError(f"{what} became NaN or infinite; nothing was updated. Lower optim.lr, set precision=fp32, or look at this batch's data")
+        raise TrainingError(
+            f"{what} became NaN or infinite; nothing was updated. Lower optim.lr, set precision=fp32, or look at this batch's data"
+        )
 
 
 def _vectors(model: nn.Module, batch: Batch, stage: Stage, vision: Vision | None) -> torch.Tensor:
