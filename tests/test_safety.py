@@ -122,7 +122,7 @@ def test_a_folder_that_names_code_is_refused(model: Path, tmp_path: Path, file: 
     evil = {"auto_map": {key: ["evil.Evil", "evil.Evil"] if key == "AutoTokenizer" else "evil.Evil"}}
     data = json.loads((model / file).read_text()) if (model / file).exists() else {}
     (model / file).write_text(json.dumps({**data, **({"text_config": [evil]} if nested else evil)}))
-    with pytest.raises(ModelError, match="auto_map.*stock transformers"):
+    with pytest.raises(ModelError, match=r"auto_map.*stock transformers"):
         Encoder.load(model)
     assert not canary.exists()
 
@@ -225,6 +225,16 @@ def test_another_recipe_than_the_trained_one_is_refused(model: Path, saved: Path
             Encoder.load(model, recipe=other)
 
 
+def test_another_vocabulary_is_noticed(model: Path) -> None:
+    def swap(tokenizer: dict[str, Any]) -> None:
+        vocabulary = tokenizer["model"]["vocab"]
+        vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+
+    edit_json(model / "tokenizer.json", swap)
+    with pytest.raises(ModelError, match="fingerprint"):
+        Encoder.load(model)
+
+
 def test_one_flipped_bit_is_noticed(model: Path) -> None:
     data = bytearray((model / WEIGHTS).read_bytes())
     data[-100] ^= 1
@@ -250,7 +260,7 @@ def test_an_adapter_of_another_base_is_refused(adapter: tuple[Path, Path]) -> No
         Encoder.load(folder)
     assert str(mine) in str(caught.value)
     shutil.rmtree(mine)
-    with pytest.raises(ModelError, match="hf download|nor a hub id"):
+    with pytest.raises(ModelError, match=r"hf download|nor a hub id"):
         Encoder.load(folder)
     assert before.shape == (1, 32)
 

@@ -81,7 +81,10 @@ class Encoder:
         card = _read_card(folder)
         if card is None:
             if recipe is None:
-                raise ModelError(f"{name} is a plain VLM, not an embedding model; pass a recipe, or train one with: comatch train runs/coma-nano.yaml model={name}")
+                raise ModelError(
+                    f"{name} is a plain VLM, not an embedding model; pass a recipe, or train one with: "
+                    f"comatch train runs/coma-nano.yaml model={name}"
+                )
             encoder = cls(Backbone.load(folder, recipe, dtype=dtype), recipe)
         else:
             saved, images = _settings(folder, card)
@@ -115,11 +118,12 @@ class Encoder:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of weights, recipe and image settings. Vectors of different fingerprints never mix."""
+        """A hash of weights, vocabulary, recipe and image settings. Vectors of different fingerprints never mix."""
         self.backbone.publish_rows()
         digest = hashlib.blake2b(digest_size=16)
         digest.update(self.recipe.to_json().encode())
         digest.update(json.dumps(dict(self.images.to_dict()), sort_keys=True).encode())
+        digest.update(json.dumps(self.backbone.tokenizer.get_vocab(), sort_keys=True).encode())
         for key, tensor in sorted(self.backbone.state_dict().items()):
             digest.update(f"{key}{tensor.dtype}{tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -136,10 +140,10 @@ class Encoder:
     ) -> Any:
         """Vectors of items, in the order given.
 
-        items: anything `as_message` reads; a single item that is not a list gives one row. dim: keep the first `dim` numbers and
-        normalise again. batch_tokens: tokens in one forward pass. on_error: "raise" stops at the first bad item with a ContentError that names
-        its position; "mark" leaves a zero row and returns (vectors, {position: reason}). progress: called with the number of items done.
-        Returns float32 [n, dim] of unit length.
+        items: anything `as_message` reads; a single item that is not a list gives one row. dim: keep the first `dim`
+        numbers and normalise again. batch_tokens: tokens in one forward pass. on_error: "raise" stops at the first
+        bad item with a ContentError that names its position; "mark" leaves a zero row and returns (vectors,
+        {position: reason}). progress: called with the number of items done. Returns float32 [n, dim] of unit length.
         """
         if on_error not in ("raise", "mark"):
             raise ContentError(f"on_error is {on_error!r}; allowed: 'raise', 'mark'")
@@ -255,7 +259,10 @@ class Encoder:
                 progress(len(places))
         bad = [i for i in examples if not np.isfinite(vectors[i]).all() or not vectors[i].any()]
         if bad:
-            raise ModelError(f"items {bad[:10]} got vectors with NaN or only zeros; the weights are damaged or overflow in {self.backbone.rows.dtype}")
+            raise ModelError(
+                f"items {bad[:10]} got vectors with NaN or only zeros; the weights are damaged or overflow in "
+                f"{self.backbone.stock.dtype}"
+            )
         if dim is not None and dim < self.dim:  # to cut nothing changes no bit
             vectors = vectors[:, :dim]
             vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
@@ -300,7 +307,10 @@ def _run_result(folder: Path) -> Path:
         return folder
     record = read_json(manifest)
     if record.get("status") != "complete":
-        raise ModelError(f"{folder} is a half-written run (status {record.get('status')!r}); finish it with comatch train, or name one of its stages: {record.get('done')}")
+        raise ModelError(
+            f"{folder} is a half-written run (status {record.get('status')!r}); finish it with comatch train, or name "
+            f"one of its stages: {record.get('done')}"
+        )
     if not record.get("done"):
         raise ModelError(f"{manifest} names no finished stage; train again")
     return folder / str(record["done"][-1])

@@ -150,9 +150,7 @@ def similarity(report: RedundancyReport) -> Figure:
 
 
 @styled
-def projection(
-    points: Projection, titles: Sequence[str], labels: Sequence[Sequence[str]], *, shared: bool = True
-) -> Figure:
+def projection(points: Projection, titles: Sequence[str], labels: Sequence[Sequence[str]], *, shared: bool = True) -> Figure:
     """One panel per cloud, points coloured by class. labels: per cloud one class name per point.
 
     `shared` gives all panels one scale, so that they can be compared; without it each cloud fills its panel.
@@ -251,15 +249,16 @@ def scores(
                 continue
             value, low, high = found[x]
             if low < high:
-                reach = [[value - low], [high - value]]
-                axes.errorbar([x], [value], reach, color=INK, capsize=2.5, linewidth=1)
-            above = {"xytext": (0, 2), "textcoords": "offset points"}
+                axes.errorbar([x], [(low + high) / 2], [(high - low) / 2], fmt="none", color=INK, capsize=2.5, linewidth=1)
+            above: dict[str, Any] = {"xytext": (0, 2), "textcoords": "offset points"}
             axes.annotate(f"{value:.2f}", (x, high), ha="center", fontsize=8, **above)
     for x, task in enumerate(tasks):
         if chance and task in chance:
             axes.hlines(chance[task], x - 0.45, x + 0.45, color=INK, linestyle=":", linewidth=1.4)
     axes.set_xticks(range(len(tasks)), [textwrap.fill(task, 18) for task in tasks])
-    axes.set_title("black lines: 95 % interval" + ("; dotted: guessing" if chance else ""), fontsize=9)
+    measured = any(isinstance(value, tuple) for row in table.values() for value in row.values())
+    notes = ["black lines: 95 % interval"] * measured + ["dotted: guessing"] * bool(chance)
+    axes.set_title("; ".join(notes), fontsize=9)
     axes.set(ylabel=label, ylim=(0, None))
     axes.grid(axis="y", color=PALE, linewidth=0.8)
     axes.set_axisbelow(True)
@@ -321,7 +320,7 @@ def _show(axes: Axes, item: Any, letters: int) -> None:
     message = as_message(item)
     pictures = [*message.images, *(part.frames[0] for part in message.parts if isinstance(part, Video))]
     words = textwrap.shorten(message.text, 7 * letters, placeholder=" ...")
-    text = {"s": textwrap.fill(words, letters), "fontsize": 8, "ha": "center", "transform": axes.transAxes}
+    text: dict[str, Any] = {"s": textwrap.fill(words, letters), "fontsize": 8, "ha": "center", "transform": axes.transAxes}
     if not pictures:
         axes.set(box_aspect=1)
         axes.text(0.5, 0.5, va="center", **text)

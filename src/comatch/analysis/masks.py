@@ -64,38 +64,24 @@ class MaskReport:
     @property
     def leaked(self) -> float:
         """Mean share of the reader's attention that goes to what should be hidden, over layers and heads."""
-        return float(
-            self.mass[
-                :, :, self.roles.index(self.bottleneck.reader), self.roles.index(self.bottleneck.hidden)
-            ].mean()
-        )
+        return float(self.mass[:, :, self.roles.index(self.bottleneck.reader), self.roles.index(self.bottleneck.hidden)].mean())
 
     @property
     def faults(self) -> tuple[str, ...]:
         """What is wrong, one sentence each; empty where the bottleneck holds."""
         b, found = self.bottleneck, []
         if not self.difference <= self.tolerance:
-            found.append(
-                f"the recorded weights are not the model's attention: off by {self.difference:.2g}, allowed "
-                f"{self.tolerance:.2g}"
-            )
+            found.append(f"the recorded weights are not the model's attention: off by {self.difference:.2g}, allowed {self.tolerance:.2g}")
         if not (self.leak == 0).all():
-            layer, head = np.unravel_index(np.nanargmax(self.leak), self.leak.shape)
+            layer, head = np.unravel_index(np.argmax(self.leak), self.leak.shape)
             found.append(
-                f"{b.reader} attends to {b.hidden}: weights up to {self.leak.max():.3g} (layer {layer}, head "
-                f"{head}), "
+                f"{b.reader} attends to {b.hidden}: weights up to {self.leak.max():.3g} (layer {layer}, head {head}), "
                 f"{self.leaked:.1%} of its attention on average"
             )
         if not self.gradient > 0:
-            found.append(
-                f"no gradient from the answers to the picture ({self.gradient:.2g}): {b.through} carries "
-                f"nothing of {b.hidden}"
-            )
+            found.append(f"no gradient from the answers to the picture ({self.gradient:.2g}): {b.through} carries nothing of {b.hidden}")
         if self.gradient_cut != 0:
-            found.append(
-                f"with {b.through} cut out, the answers still reach the picture: gradient up to "
-                f"{self.gradient_cut:.2g}"
-            )
+            found.append(f"with {b.through} cut out, the answers still reach the picture: gradient up to {self.gradient_cut:.2g}")
         return tuple(found)
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,9 +99,7 @@ def dialogue_stage(recipe: Recipe) -> Stage | None:
     for stage in recipe.stages:
         if stage.bottleneck is not None:
             return stage
-    return next(
-        (s for s in recipe.stages if {"context", "compression", "dialogue"} <= set(s.visibility.roles)), None
-    )
+    return next((s for s in recipe.stages if {"context", "compression", "dialogue"} <= set(s.visibility.roles)), None)
 
 
 def mask_check(encoder: Encoder, dialogues: Sequence[Dialogue]) -> MaskReport:
@@ -127,16 +111,12 @@ def mask_check(encoder: Encoder, dialogues: Sequence[Dialogue]) -> MaskReport:
     stage = dialogue_stage(encoder.recipe)
     if stage is None:
         raise RecipeError(
-            f"recipe {encoder.recipe.name!r} has no stage with the roles context, compression and dialogue, "
-            "so no bottleneck to check; "
+            f"recipe {encoder.recipe.name!r} has no stage with the roles context, compression and dialogue, so no bottleneck to check; "
             "try a model of the recipe coma"
         )
     blind = [i for i, dialogue in enumerate(dialogues) if not dialogue.context.images]
     if blind or not dialogues:
-        raise ContentError(
-            f"the mask check needs dialogues about pictures; got {len(dialogues)}, without a picture: "
-            f"{blind[:10]}"
-        )
+        raise ContentError(f"the mask check needs dialogues about pictures; got {len(dialogues)}, without a picture: {blind[:10]}")
     promise = stage.bottleneck or Bottleneck()
     examples = [encoder.preparer.dialogue(dialogue, stage) for dialogue in dialogues]
     watch = _Watch(stage.visibility.roles, promise)
@@ -157,8 +137,7 @@ def mask_check(encoder: Encoder, dialogues: Sequence[Dialogue]) -> MaskReport:
         dialogues=len(dialogues),
         roles=watch.roles,
         leak=torch.stack([watch.leak[layer] for layer in sorted(watch.leak)]).cpu().numpy(),
-        mass=torch.stack([watch.mass[layer] for layer in sorted(watch.mass)]).cpu().numpy()
-        / watch.tokens.cpu().numpy()[:, None],
+        mass=torch.stack([watch.mass[layer] for layer in sorted(watch.mass)]).cpu().numpy() / watch.tokens.cpu().numpy()[:, None],
         difference=watch.difference,
         tolerance=watch.tolerance,
         gradient=min(free),
@@ -166,9 +145,7 @@ def mask_check(encoder: Encoder, dialogues: Sequence[Dialogue]) -> MaskReport:
     )
 
 
-def attention_weights(
-    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, scaling: float
-) -> torch.Tensor:
+def attention_weights(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, scaling: float) -> torch.Tensor:
     """Softmax of the masked scores, written out.
 
     query: [batch, heads, seq, head_dim]. key: [batch, key_heads, seq, head_dim]. mask: bool [batch, 1, seq,
@@ -206,9 +183,7 @@ class _Watch:
         """What `attending` needs to record one batch."""
         ids = torch.tensor([ROLE_ID[role] for role in self.roles], device=batch.roles.device)
         places = (batch.roles.unsqueeze(-1) == ids).float()
-        reader, hidden = (
-            places[..., self.roles.index(role)].bool() for role in (self.promise.reader, self.promise.hidden)
-        )
+        reader, hidden = (places[..., self.roles.index(role)].bool() for role in (self.promise.reader, self.promise.hidden))
         forbidden = (reader.unsqueeze(2) & hidden.unsqueeze(1)).unsqueeze(1)
         self.tokens = self.tokens.to(places.device) + places.sum((0, 1))
 
@@ -247,9 +222,7 @@ def _without(batch: Batch, role: str) -> Callable[[Callable[..., Any]], Callable
     cut = (batch.roles == ROLE_ID[role])[:, None, :, None]
 
     def wrap(inner: Callable[..., Any]) -> Callable[..., Any]:
-        def detached(
-            module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **rest: Any
-        ) -> Any:
+        def detached(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **rest: Any) -> Any:
             key, value = (torch.where(cut, x.detach(), x) for x in (key, value))
             return inner(module, query, key, value, mask, **rest)
 

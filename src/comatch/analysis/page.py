@@ -58,7 +58,7 @@ class Picture:
     def __post_init__(self) -> None:
         if not _PICTURE.fullmatch(self.uri):
             raise ContentError(
-                f"a picture on a page must be a data: URI of a PNG, JPEG or WebP, got {self.uri[:40]!r}; make one with figures.data_uri(figure)"
+                f"a picture on a page must be a data: URI of a PNG, JPEG or WebP, got {self.uri[:40]!r}; make one with figures.data_uri"
             )
         if not self.alt.strip():
             raise ContentError("a picture on a page needs an alt text that says what it shows")
@@ -88,12 +88,8 @@ def write_page(path: str | Path, title: str, sections: Sequence[Section]) -> Pat
 
 def _page(title: str, sections: Sequence[Section]) -> str:
     style = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode("ascii")
-    policy = (
-        f"default-src 'none'; img-src data:; style-src 'sha256-{style}'; base-uri 'none'; form-action 'none'"
-    )
-    links = "".join(
-        f'<li><a href="#s{i}">{escape(section.title)}</a></li>' for i, section in enumerate(sections)
-    )
+    policy = f"default-src 'none'; img-src data:; style-src 'sha256-{style}'; base-uri 'none'; form-action 'none'"
+    links = "".join(f'<li><a href="#s{i}">{escape(section.title)}</a></li>' for i, section in enumerate(sections))
     return "\n".join(
         [
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
@@ -126,15 +122,10 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     numeric = {c for c in columns if all(isinstance(row.get(c), int | float | None) for row in rows)}
     kind = {c: ' class="number"' if c in numeric else "" for c in columns}
     head = "".join(f'<th scope="col"{kind[c]}>{escape(str(c))}</th>' for c in columns)
-    body = [
-        "<tr>" + "".join(f"<td{kind[c]}>{escape(_cell(row.get(c)))}</td>" for c in columns) + "</tr>"
-        for row in rows
-    ]
+    body = ["<tr>" + "".join(f"<td{kind[c]}>{escape(_cell(row.get(c)))}</td>" for c in columns) + "</tr>" for row in rows]
     # Focusable, so that a wide table can be scrolled from the keyboard.
     return (
-        f'<div class="wide" tabindex="0"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n'
-        + "\n".join(body)
-        + "\n</tbody></table></div>"
+        f'<div class="wide" tabindex="0"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n' + "\n".join(body) + "\n</tbody></table></div>"
     )
 
 

@@ -18,24 +18,18 @@ class Projection:
     explained: tuple[float, float]
 
 
-def pca(clouds: Sequence[np.ndarray], *, own_mean: bool = False) -> Projection:
+def pca(clouds: Sequence[np.ndarray]) -> Projection:
     """Project clouds [n, dim] onto the two directions in which all of them together vary most.
 
-    `own_mean` first takes away each cloud's own mean: the axes then show how clouds are spread, not where
-    they lie. The sign of an axis is fixed by its largest entry, which is made positive. Raises
-    EvaluationError for clouds that are empty, of different width, or not finite.
+    To see how clouds are spread rather than where they lie, take each cloud's own mean away first. The sign of an axis is fixed by its
+    largest entry, which is made positive. Raises EvaluationError for clouds that are empty, of different width, or not finite.
     """
     shapes = [np.shape(cloud) for cloud in clouds]
     if not shapes or any(len(shape) != 2 or shape[0] == 0 or shape[1] != shapes[0][1] for shape in shapes):
-        raise EvaluationError(
-            f"clouds of shape {shapes} cannot be projected together; each must be [n, dim], n at least 1, dim the same"
-        )
-    parts = [np.asarray(cloud, dtype=np.float64) for cloud in clouds]
-    points = np.concatenate([part - part.mean(0) for part in parts] if own_mean else parts)
+        raise EvaluationError(f"clouds of shape {shapes} cannot be projected together; each must be [n, dim], n at least 1, dim the same")
+    points = np.concatenate([np.asarray(cloud, dtype=np.float64) for cloud in clouds])
     if not np.isfinite(points).all():
-        raise EvaluationError(
-            "vectors with NaN or infinity cannot be projected; find the items that they belong to"
-        )
+        raise EvaluationError("vectors with NaN or infinity cannot be projected; find the items that they belong to")
     points -= points.mean(0)
     _, values, axes = np.linalg.svd(points, full_matrices=False)
     axes = axes[:2] * np.sign([axis[np.abs(axis).argmax()] for axis in axes[:2]])[:, None]

@@ -71,7 +71,7 @@ def states(encoder: Encoder, items: Sequence[Any]) -> list[np.ndarray]:
     stage = encoder.stage
     if "compression" not in stage.visibility.roles:
         raise RecipeError(
-            f"recipe {encoder.recipe.name!r} pools {stage.pooling!r} and has no compression tokens to look at; try a model of the recipe coma"
+            f"recipe {encoder.recipe.name!r} pools {stage.pooling!r} and has no compression tokens; try a model of the recipe coma"
         )
     examples = [encoder.preparer.item(message, stage) for message in as_messages(items)]
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
@@ -81,10 +81,7 @@ def states(encoder: Encoder, items: Sequence[Any]) -> list[np.ndarray]:
         with torch.no_grad():
             hidden = encoder.backbone(batch, stage.visibility)
         compression = batch.roles == ROLE_ID["compression"]
-        found |= {
-            order[i]: hidden[compression & (batch.example == place)].float().cpu().numpy()
-            for place, i in enumerate(chosen)
-        }
+        found |= {order[i]: hidden[compression & (batch.example == place)].float().cpu().numpy() for place, i in enumerate(chosen)}
     return [found[i] for i in range(len(examples))]
 
 
@@ -113,7 +110,10 @@ def redundancy(encoder: Encoder, items: Sequence[Any]) -> RedundancyReport:
 
 
 def effective_rank(matrix: np.ndarray) -> float:
-    """How many directions a matrix [n, dim] uses: e to the entropy of its singular values as shares of their sum; 0 for a matrix of zeros."""
+    """How many directions a matrix [n, dim] uses: e to the entropy of its singular values as shares of their sum.
+
+    From 1 to the smaller side; 0 for a matrix of zeros.
+    """
     values = np.linalg.svd(matrix, compute_uv=False)
     values = values[values > 0]
     shares = values / values.sum()

@@ -98,9 +98,7 @@ def png(figure: Figure) -> bytes:
     # Without the name of the software, whose version would change the bytes.
     # "tight": what stands beyond the edge, such as a long legend, makes the picture larger and is not cut off.
     with _look():
-        figure.savefig(
-            stream, format="png", dpi=_DPI, bbox_inches="tight", pad_inches=0.1, metadata={"Software": None}
-        )
+        figure.savefig(stream, format="png", dpi=_DPI, bbox_inches="tight", pad_inches=0.1, metadata={"Software": None})
     return stream.getvalue()
 
 

@@ -127,8 +127,8 @@ def _search(encoder: Encoder, model: Path, out: Path, scenes: dict[str, Scene]) 
     from comatch.search.update import update
 
     shutil.rmtree(out / "index", ignore_errors=True)
-    index = Index.create(out / "index", encoder.fingerprint, encoder.dim, model=str(model))
-    update(index, encoder, read_items(out / "pictures"), source=str(out / "pictures"))
+    index = Index.create(out / "index", encoder.fingerprint, encoder.dim, model=str(model.resolve()))
+    update(index, encoder, read_items(out / "pictures"), source=str((out / "pictures").resolve()))
     names = list(scenes)
     queries = [scenes[names[0]].caption(1), scenes[names[1]].caption(1), *_WORDS, out / "pictures" / names[2]]
     vectors = encoder.encode(queries)

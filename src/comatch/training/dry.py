@@ -240,7 +240,7 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _bytes(n: float) -> str:
-    return f"{n / _GB:.1f} GiB" if n >= _GB / 10 else f"{n / 2**20:.0f} MiB"
+    return f"{n / _GB:.1f} GiB" if n >= _GB else f"{n / 2**20:.0f} MiB"
 
 
 def _time(flop: float) -> str:
