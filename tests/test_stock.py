@@ -133,7 +133,7 @@ def test_our_vision_attention_is_stock_sdpa(stock: Any) -> None:
         return attention.segments(*args, cu_seq_lens_q=cu_seq_lens_q[[0, -1]], **kwargs)
 
     AttentionInterface.register("test_flash_leaking", one_segment)
-    assert (look(stock, "test_flash_leaking", pixels) - expected).abs().max() > 1e-2, "pictures that see each other differ"
+    assert (look(stock, "test_flash_leaking", pixels) - expected).abs().max() > 1e-3, "pictures that see each other differ"
 
 
 def damaged(folder: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], str]) -> tuple[Path, str]:

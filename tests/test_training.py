@@ -265,6 +265,13 @@ def test_configs_that_do_not_fit_their_recipe(folder_of: Folders, tmp_path: Path
         loop.train(config(folder_of("qwen2_5_vl"), tmp_path / "b", adapter={"kind": "lora", "targets": ["w_proj"]}), quiet=True)
 
 
+def test_a_tracker_that_is_not_there_is_named(folder_of: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install wandb"):
+        loop.train(config(folder_of("qwen2_5_vl"), tmp_path / "run", tracking=["wandb"]), quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_training_lowers_both_losses(folder_of: Folders, tmp_path: Path) -> None:
     stage = {"steps": 25, "batch": 8, "optim": {"lr": 0.01, "warmup": 0.0}, "log_every": 5, "temperature": 0.1}
     run = config(folder_of("qwen2_5_vl"), tmp_path / "run", adapter={"kind": "full"}, stages={"compress": stage, "match": stage})

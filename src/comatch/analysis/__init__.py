@@ -1,0 +1,1 @@
+"""Is the bottleneck real, what do the compression tokens hold, and how it looks."""

@@ -307,10 +307,10 @@ def searches(rows: Sequence[Search]) -> Figure:
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean over the last `window` values, over fewer at the start; as long as `values` [n]."""
+    """Mean over the `window` values around each, over fewer at both ends; as long as `values` [n]. Centred, so that it does not lag."""
     total = np.cumsum(np.concatenate([[0.0], values]))
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - window, 0)
+    here = np.arange(len(values))
+    starts, ends = np.maximum(here - window // 2, 0), np.minimum(here + (window - 1) // 2 + 1, len(values))
     mean: np.ndarray = (total[ends] - total[starts]) / (ends - starts)
     return mean
 

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -67,6 +68,13 @@ def check_stages(config: RunConfig, recipe: Recipe) -> None:
         raise ConfigError(f"stages {unknown}: recipe {recipe.name!r} has {known}; use those names under 'stages'")
 
 
+def check_trackers(config: RunConfig) -> None:
+    """Raise ConfigError for a tracker that is not installed; Accelerate would leave it out without a word."""
+    absent = [name for name in config.tracking if find_spec(name) is None]
+    if absent:
+        raise ConfigError(f"tracking {absent} is not installed; pip install {' '.join(absent)}, or take it out")
+
+
 def plan_encoder(config: RunConfig, recipe: Recipe, backbone: Backbone) -> Encoder:
     """The encoder that a run trains, with the config's image limits."""
     images = ImageSettings.from_processor(backbone.processor).limited(config.images.min_pixels, config.images.max_pixels)
@@ -95,6 +103,7 @@ def train(config: RunConfig, *, overwrite: bool = False, quiet: bool = False) ->
     Each finished stage is saved under its name in the run folder; `Encoder.load(folder)` loads the last. Raises TrainingError
     where the folder already holds a run, or a loss is not finite.
     """
+    check_trackers(config)
     set_seed(config.seed)
     todo = plan(config)
     accelerator = Accelerator(

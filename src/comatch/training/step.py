@@ -26,7 +26,10 @@ from comatch.recipe import Stage
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did. loss: mean per example. accuracy: next tokens predicted right, or queries whose target ranks first."""
+    """What one step did.
+
+    loss, accuracy (next tokens predicted right, or queries whose target ranks first) are of all ranks; examples, tokens of this one.
+    """
 
     loss: float
     accuracy: float
@@ -45,7 +48,7 @@ def token_step(
 ) -> StepResult:
     """Forward and backward of next-token prediction over this rank's examples; gradients are those of the global mean."""
     groups = passes(examples, tokens)
-    total, right = 0.0, torch.zeros(2)
+    sums = torch.zeros(3, device=accelerator.device)
     backbone = accelerator.unwrap_model(model)
     scale = accelerator.num_processes * stage.objectives["next_token"] / global_size
     for i, group in enumerate(groups):
@@ -55,9 +58,9 @@ def token_step(
             losses, hits = next_token(hidden, batch.labels, batch.example, batch.size, backbone.head)
             check_finite(losses, "loss")
             accelerator.backward(losses.sum() * scale)
-        total += float(losses.detach().sum())
-        right += hits.float().cpu()
-    return StepResult(total / len(examples), float(right[0] / right[1].clamp(min=1)), len(examples), sum(map(len, examples)))
+        sums += torch.cat([losses.detach().sum()[None], hits])
+    loss, right, supervised = accelerator.reduce(sums, "sum").tolist()
+    return StepResult(loss / global_size, right / max(supervised, 1), len(examples), sum(map(len, examples)))
 
 
 def contrastive_step(
