@@ -9,8 +9,8 @@ Three ways from the same items (texts, pictures, pictures with text; pictures as
     single   stock transformers, one item after the other
 
 The stock ways load what `Encoder.save` wrote with AutoModelForImageTextToText (stock SDPA, no head run), AutoTokenizer and
-Qwen2VLImageProcessorPil. All three run in turn, round after round, in one process. No ratio is given unless the vectors agree to a thousandth
-of what parts two items, nor where comatch's own spread from round to round would explain it.
+Qwen2VLImageProcessorPil. All three run in turn, round after round, in one process. No ratio is given unless the vectors agree to a
+thousandth of what parts two items, nor where comatch's own spread from round to round would explain it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import resource
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -93,7 +94,7 @@ class Stock:
 
 
 def make_items(n: int, sides: tuple[int, int]) -> list[Item]:
-    """Texts of many lengths, pictures with longest sides between `sides`, and both, in a fixed shuffled order."""
+    """Texts of several lengths, pictures with longer sides within `sides`, and both together, in a fixed shuffled order."""
     dice = np.random.default_rng(0)
     items: list[Item] = []
     for i in range(n):
@@ -101,7 +102,8 @@ def make_items(n: int, sides: tuple[int, int]) -> list[Item]:
         item: Item = {}
         if i % 2:
             side = int(dice.integers(sides[0], sides[1] + 1))
-            size = (side, max(sides[0] // 2, int(side * dice.uniform(0.5, 1))))[:: 1 if i % 4 == 1 else -1]
+            other = int(side * dice.uniform(0.5, 1))
+            size = (side, other) if i % 4 == 1 else (other, side)
             stream = io.BytesIO()
             PILImage.fromarray(one.draw()).resize(size, PILImage.Resampling.BICUBIC).save(stream, "JPEG", quality=90)
             item["image"] = stream.getvalue()
@@ -169,7 +171,7 @@ def compare(name: str, encoder: Encoder, items: Sequence[Item], rounds: int) -> 
         "tokens": sum(map(len, examples)),
         "tokens_padded": padded_tokens(examples),
         "patches": sum(t * h * w for e in examples for t, h, w in e.grids),
-        "between_items": float(np.median([np.abs(a - b).max() for a, b in zip(ours, ours[1:], strict=False)])),
+        "between_items": float(np.median([np.abs(a - b).max() for a, b in pairwise(ours)])),
         "own_spread": spread,
         "ways": {},
     }
@@ -196,7 +198,8 @@ def padded_tokens(examples: Sequence[Example]) -> int:
 
 def table(models: dict[str, dict[str, Any]]) -> str:
     """The figures as Markdown."""
-    lines = ["| model (CPU) | way | items/s | comatch is faster by | max difference (between items) | min cosine |", "|---|---|---|---|---|---|"]
+    head = "| model (CPU) | way | items/s | comatch is faster by | max difference (between items) | min cosine |"
+    lines = [head, "|---|---|---|---|---|---|"]
     for name, record in models.items():
         size = f"{name}, {record['parameters'] / 1e6:.1f}M"
         for way, row in record["ways"].items():
@@ -237,7 +240,7 @@ def main() -> None:
     logging.disable_progress_bar()
     record: dict[str, Any] = {"machine": machine(), "dtype": "float32", "rounds": rounds, "quick": args.quick, "models": {}}
     with TemporaryDirectory() as scratch:
-        models = {
+        models: dict[str, tuple[Callable[[], Encoder], tuple[int, int]]] = {
             "comatch-nano": (lambda: Encoder.load("comatch-nano", recipe=RECIPE, device="cpu"), (90, 160)),
             "random-middle": (lambda: middle(Path(scratch) / "middle"), (100, 480)),
         }

@@ -205,7 +205,6 @@ def test_a_processor_that_does_something_else_is_refused(options: dict[str, Any]
         ImageSettings.from_processor(processor(**options))
 
 
-@pytest.mark.xfail(raises=pytest.fail.Exception, reason="from_processor does not look at these yet, and would be wrong in silence")
 @pytest.mark.parametrize("option", ["do_resize", "do_rescale", "do_normalize"])
 def test_a_processor_that_leaves_a_step_out_is_refused(option: str) -> None:
     with pytest.raises(ModelError, match=option):

@@ -24,8 +24,8 @@ class Family:
 FAMILIES = {f.model_type: f for f in (Family("qwen2_vl"), Family("qwen2_5_vl"), Family("qwen3_vl", deepstack=True))}
 
 
-def resolve(name: str | Path, revision: str | None = None) -> Path:
-    """A shipped name, a folder or a hub id becomes a local folder that was checked for safety.
+def resolve(name: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
+    """A shipped name, a folder or a hub id becomes a local folder that was checked for safety; `weights=False` downloads none.
 
     Raises ModelError where nothing is found, where the weights are pickles, or where the folder wants to run its own code.
     """
@@ -35,7 +35,7 @@ def resolve(name: str | Path, revision: str | None = None) -> Path:
     elif Path(name).is_dir():
         folder = Path(name)
     else:
-        folder = _download(str(name), revision)
+        folder = _download(str(name), revision, weights)
     check_folder(folder)
     return folder
 
@@ -81,14 +81,14 @@ def _names_code(value: Any) -> bool:
     return isinstance(value, list) and any(map(_names_code, value))
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     shipped = sorted(p.name for p in SHIPPED.iterdir()) if SHIPPED.is_dir() else []
     where = f"it is not a folder and not one of the shipped models {shipped}"
     try:
-        patterns = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
+        patterns = ["*.json", "*.txt", "*.jinja", *(["*.safetensors"] if weights else [])]
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except HFValidationError as error:
         raise ModelError(f"no model {name!r}: {where}, nor a hub id like 'Qwen/Qwen2.5-VL-3B-Instruct'") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -37,13 +36,20 @@ def open_items(source: str, text_column: str | None, image_column: str | None) -
 
 def load(model: str) -> Encoder:
     """The encoder of that name or folder; transformers' own bars stay out of logs."""
-    from transformers.utils import logging
-
     from comatch.encoder import Encoder
 
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+    quiet_libraries()
     return Encoder.load(model)
+
+
+def quiet_libraries() -> None:
+    """Leave stderr to us: transformers draws a bar for every model it reads, and PEFT calls a name that it will rename."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=r".*is_gradient_checkpointing.*", category=FutureWarning)
 
 
 @contextmanager

@@ -34,10 +34,12 @@ def command(
 
     Ends with exit code 1 where a bottleneck that the recipe promises does not hold.
     """
+    from comatch.cli._items import quiet_libraries
     from comatch.data.sources import open_source
     from comatch.encoder import Encoder
     from comatch.recipes import load_recipe
 
+    quiet_libraries()
     source = open_source("scenes", split="test", limit=n)
     dialogues = [source.dialogue(i) for i in range(n)]
     chosen = load_recipe(recipe) if recipe else None

@@ -49,7 +49,7 @@ def command(
 
     from rich.console import Console
 
-    from comatch.cli.train import quiet_libraries
+    from comatch.cli._items import quiet_libraries
 
     quiet_libraries()
     console = Console(stderr=True)

@@ -16,6 +16,7 @@ def command(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress; metrics are written all the same.")] = False,
 ) -> None:
     """Train every stage that a run's YAML file names, and save each in the run folder."""
+    from comatch.cli._items import quiet_libraries
     from comatch.config import load_config
 
     quiet_libraries()
@@ -29,9 +30,3 @@ def command(
 
     typer.echo(train(config, overwrite=overwrite, quiet=quiet))
 
-
-def quiet_libraries() -> None:
-    """Leave the progress bar to us: transformers draws one for every model that it reads or writes."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()

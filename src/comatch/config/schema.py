@@ -142,8 +142,8 @@ class RunConfig(Part):
     output: str = Field(default="out/{name}", min_length=1)
     """Run folder; `{name}` stands for the run's name."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    device: str | None = None
-    """A torch device; None picks the best one present."""
+    device: Literal["cpu"] | None = None
+    """"cpu" keeps off a GPU; None takes what Accelerate finds (choose GPUs by CUDA_VISIBLE_DEVICES)."""
     workers: int = Field(default=0, ge=0)
     """Processes that prepare examples; 0 prepares them in the main one."""
     images: ImagesConfig = ImagesConfig()

@@ -39,6 +39,9 @@ class ImageSettings:
     @classmethod
     def from_processor(cls, processor: Any) -> ImageSettings:
         """Read the settings of a stock Qwen image processor. Raises ModelError where it does something that we do not."""
+        for option in ("do_resize", "do_rescale", "do_normalize"):
+            if not getattr(processor, option):
+                raise ModelError(f"image processor with {option}=false: its pictures would be read otherwise than we do; set it to true")
         size = processor.size
         resample = PILImage.Resampling(processor.resample)
         if resample is not PILImage.Resampling.BICUBIC or abs(processor.rescale_factor * 255 - 1) > 1e-9:

@@ -81,7 +81,7 @@ def weightless(config: RunConfig) -> tuple[Backbone, list[str]]:
             "and the nano tokenizer stands in: text lengths are estimates"
         )
     else:
-        folder = folder or resolve(config.model, config.revision)
+        folder = folder or resolve(config.model, config.revision, weights=False)
         model_config = AutoConfig.from_pretrained(folder)
     family(model_config)
     with torch.device("meta"):
