@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import shutil
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -128,6 +130,7 @@ def main() -> None:
     parser.add_argument("--emoji", help="path of emoji.parquet")
     parser.add_argument("--n", type=int, default=400)
     parser.add_argument("--candidates", type=int, default=1000)
+    parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "effect.json")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
@@ -136,24 +139,21 @@ def main() -> None:
     settings = {"overrides": args.overrides, "n": args.n, "candidates": args.candidates}
     if record.setdefault(f"settings {args.world}", settings) != settings:
         raise SystemExit(f"{args.out} was made with other settings: {record[f'settings {args.world}']}; name another file with --out")
-    for seed in range(args.seeds):
-        for arm in args.arms:
-            if any((r["world"], r["arm"], r["seed"]) == (args.world, arm, seed) for r in record["runs"]):
-                continue
-            done = run(args.world, arm, seed, overrides, args.emoji, args.n, args.candidates)
-            record["runs"].append(done)
-            record["machine"] = {"threads": torch.get_num_threads(), "torch": torch.__version__, "device": "cpu"}
+    done = {(r["world"], r["arm"], r["seed"]) for r in record["runs"]}
+    missing = [(arm, seed) for seed in range(args.seeds) for arm in args.arms if (args.world, arm, seed) not in done]
+    # Two single-threaded runs side by side do more on two cores than one run with two threads.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, spawn, torch.set_num_threads, (max(1, torch.get_num_threads() // args.jobs),)) as pool:
+        work = [pool.submit(run, args.world, arm, seed, overrides, args.emoji, args.n, args.candidates) for arm, seed in missing]
+        for future in as_completed(work):
+            result = future.result()
+            record["runs"].append(result)
+            record["machine"] = {"torch": torch.__version__, "device": "cpu", "cores": torch.get_num_threads(), "jobs": args.jobs}
             record["summary"] = summary(record["runs"])
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(record, indent=1))
-            print(
-                arm,
-                seed,
-                f"{done['seconds']:.0f} s",
-                done["final_loss"],
-                {t: round(s["hit"], 3) for t, s in done["scores"].items()},
-                flush=True,
-            )
+            hits = {t: round(s["hit"], 3) for t, s in result["scores"].items()}
+            print(result["arm"], result["seed"], f"{result['seconds']:.0f} s", result["final_loss"], hits, flush=True)
     print(table(record["summary"]))
 
 

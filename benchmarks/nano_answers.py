@@ -30,7 +30,7 @@ def main() -> None:
     args = parser.parse_args()
     recipe = load_recipe("vlm")
     encoder = Encoder(Backbone.load(args.model, recipe).eval(), recipe)
-    stage = recipe.stage("answer")
+    stage = recipe.stage("rehearse")
     scenes = [scene(0, i, args.split) for i in range(args.n)]
     asked = [s.question(i) for i, s in enumerate(scenes)]
     pictures = [as_message(s.draw()) for s in scenes]

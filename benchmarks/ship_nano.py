@@ -1,8 +1,10 @@
 """Takes the base that `comatch train runs/nano-base.yaml` made into the package, with its provenance and its measured answers.
 
     comatch train runs/nano-base.yaml
-    python benchmarks/nano_answers.py --model out/nano-base/answer
+    python benchmarks/nano_answers.py --model out/nano-base/rehearse
     python benchmarks/ship_nano.py out/nano-base
+
+A run may also have been made in parts, each from the last stage of the one before; name their folders in order.
 """
 
 from __future__ import annotations
@@ -20,13 +22,14 @@ LIMIT = 8 * 2**20
 
 def main() -> None:
     """Copy the files of the last stage and write provenance.json beside them."""
-    run = Path(sys.argv[1])
-    record = json.loads((run / "manifest.json").read_text())
-    if record["status"] != "complete":
-        raise SystemExit(f"{run} is not complete (status {record['status']}); finish the run first")
+    runs = [Path(name) for name in sys.argv[1:]]
+    records = [json.loads((run / "manifest.json").read_text()) for run in runs]
+    for run, record in zip(runs, records, strict=True):
+        if record["status"] != "complete":
+            raise SystemExit(f"{run} is not complete (status {record['status']}); finish the run first")
     answers = json.loads((ROOT / "benchmarks" / "results" / "nano_answers.json").read_text())
     shutil.rmtree(TARGET, ignore_errors=True)
-    shutil.copytree(run / record["done"][-1], TARGET)
+    shutil.copytree(runs[-1] / records[-1]["done"][-1], TARGET)
     weights = TARGET / "model.safetensors"
     weights.chmod(0o644)
     if weights.stat().st_size > LIMIT:
@@ -34,8 +37,8 @@ def main() -> None:
     provenance = {
         "what": "a Qwen2.5-VL of nano size, trained from scratch on generated scenes (comatch.data.scenes)",
         "made_by": "comatch train runs/nano-base.yaml",
-        "config": (run / "config.yaml").read_text(),
-        "run": {key: record[key] for key in ("started", "finished", "done", "config_digest", "seed", "python", "packages")},
+        "config": (ROOT / "runs" / "nano-base.yaml").read_text(),
+        "parts": [{key: record[key] for key in ("started", "finished", "done", "seed", "python", "packages")} for record in records],
         "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "held_out_answers": {key: answers[key] for key in ("split", "questions", "exact_match", "whole dense caption right")},
         "licence": "Apache-2.0",

@@ -216,12 +216,8 @@ def _projection_section(results: Results) -> Section:
     }
     clouds = [encoder.encode([s.draw() for s in scenes]) for encoder in stages.values()]
     labels = [s.background for s in scenes]
-    # One basis for each panel: a common one would show only the stage that varies most.
-    panels = [pca([cloud - cloud.mean(0)]) for cloud in clouds]
-    pictures = [
-        Picture(figures.data_uri(figures.projection(panel, [name], [labels])), f"principal components of 300 pictures, {name}")
-        for name, panel in zip(stages, panels, strict=True)
-    ]
+    figure = figures.projection(pca(clouds), list(stages), [labels] * len(clouds))
+    pictures = [Picture(figures.data_uri(figure), "principal components of 300 pictures on one basis, before and after each stage")]
     return Section("PCA before, after compression, after matching", "300 held-out pictures, coloured by background.", pictures=pictures)
 
 

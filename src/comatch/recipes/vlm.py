@@ -1,4 +1,4 @@
-"""A plain VLM: describe pictures, then also answer questions about them. It makes the base of comatch-nano.
+"""A plain VLM: describe pictures, answer questions too, hold dialogues, then rehearse all of it. It makes the base of comatch-nano.
 
 Dense descriptions come first, because they supervise every attribute at once; from questions alone a small model hardly learns to see.
 """
@@ -16,4 +16,4 @@ _DESCRIBE = Stage(
     layout="chat",
 )
 
-RECIPES = (Recipe("vlm", (_DESCRIBE, replace(_DESCRIBE, name="answer"))),)
+RECIPES = (Recipe("vlm", tuple(replace(_DESCRIBE, name=name) for name in ("describe", "answer", "converse", "rehearse"))),)
