@@ -25,7 +25,7 @@ from comatch.data.images import ImageSettings
 from comatch.data.scenes import scene
 from comatch.data.sources import Source, open_source
 from comatch.encoder import Encoder
-from comatch.errors import ConfigError
+from comatch.errors import ConfigError, TrainingError
 from comatch.recipe import Recipe, Stage
 from comatch.recipes import load_recipe
 from comatch.training.loader import Quarantine, Sample, StageData, batches
@@ -148,9 +148,13 @@ def run_stage(
             began = time.perf_counter()
             for sample in samples:
                 quarantine.add(sample)
-            result = _step(accelerator, model, samples, stage, run, seed=config.seed + step * 1_000_003)
-            norm = accelerator.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], run.optim.clip)
-            check_finite(torch.as_tensor(norm), "gradient norm")
+            try:
+                result = _step(accelerator, model, samples, stage, run, seed=config.seed + step * 1_000_003)
+                norm = accelerator.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], run.optim.clip)
+                check_finite(torch.as_tensor(norm), "gradient norm")
+            except TrainingError as error:
+                where = f"stage {stage.name}, step {step + 1}, rows {[sample.row for sample in samples]} of {source.name}"
+                raise TrainingError(f"{where}: {error}") from error
             optimizer.step()
             rate = scheduler.get_last_lr()[0]
             scheduler.step()
