@@ -88,15 +88,21 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 if seeds:
                     a, b = (np.concatenate([dense(hits[arm][s]) for s in seeds]) for arm in (other, "coma"))
                     d = paired_difference(a, b)
+                    each = [hits["coma"][s]["hit"] - hits[other][s]["hit"] for s in seeds]
                     row[f"coma - {other}"] = {
                         "mean": d.mean,
-                        "low": d.low,
-                        "high": d.high,
-                        "p": d.p,
-                        "per_seed": [hits["coma"][s]["hit"] - hits[other][s]["hit"] for s in seeds],
+                        "over_queries": {"low": d.low, "high": d.high, "p": d.p},
+                        "per_seed": each,
+                        "over_seeds": half_width(each),
                     }
             out.append(row)
     return out
+
+
+def half_width(values: list[float]) -> float | None:
+    """Half of the 95 % interval of a mean by Student's t; None for a single value or more than ten."""
+    quantile = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}.get(len(values))
+    return quantile * float(np.std(values, ddof=1)) / len(values) ** 0.5 if quantile else None
 
 
 def dense(score: dict[str, Any]) -> np.ndarray:
@@ -116,7 +122,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells = [f"{100 * row[arm]['mean']:.1f} ± {100 * (row[arm]['std'] or 0):.1f}" if row[arm] else "-" for arm in ARMS]
         for other in ARMS[:2]:
             d = row.get(f"coma - {other}")
-            cells.append(f"{100 * d['mean']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]" if d else "-")
+            cells.append(f"{100 * d['mean']:+.1f} ± {100 * (d['over_seeds'] or 0):.1f}" if d else "-")
         lines.append(f"| {row['world']} | {row['task']} | {100 * row['chance']:.1f} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -154,6 +160,9 @@ def main() -> None:
             args.out.write_text(json.dumps(record, indent=1))
             hits = {t: round(s["hit"], 3) for t, s in result["scores"].items()}
             print(result["arm"], result["seed"], f"{result['seconds']:.0f} s", result["final_loss"], hits, flush=True)
+    record["summary"] = summary(record["runs"])
+    args.out.write_text(json.dumps(record, indent=1))
+    print("mean ± standard deviation over seeds; differences: mean ± half of the 95 % interval over paired seeds\n")
     print(table(record["summary"]))
 
 

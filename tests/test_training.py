@@ -171,6 +171,15 @@ def test_run_folder_holds_everything_and_loads(folder_of: Folders, tmp_path: Pat
     assert Encoder.load(seeded).fingerprint != last.fingerprint
 
 
+def test_each_run_of_a_process_has_its_own_precision(folder_of: Folders, tmp_path: Path) -> None:
+    stages = {"match": {"steps": 2, "batch": 4, "optim": {"lr": 0.01}, "log_every": 1}}
+    losses = {}
+    for name, precision in (("a", "fp32"), ("b", "bf16"), ("c", "fp32")):
+        run = config(folder_of("qwen2_5_vl"), tmp_path / name, precision=precision, stages=stages, adapter={"kind": "full"})
+        losses[name] = [row["loss"] for row in loop.read_metrics(loop.train(run, quiet=True) / "metrics.jsonl")]
+    assert losses["a"] == losses["c"] != losses["b"]
+
+
 def test_run_folders_are_never_overwritten_by_accident(folder_of: Folders, tmp_path: Path) -> None:
     run = config(folder_of("qwen2_5_vl"), tmp_path / "run", stages={"match": {"steps": 1, "batch": 2}})
     folder = loop.train(run, quiet=True)

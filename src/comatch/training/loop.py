@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import nn
 from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
@@ -106,6 +107,8 @@ def train(config: RunConfig, *, overwrite: bool = False, quiet: bool = False) ->
     check_trackers(config)
     set_seed(config.seed)
     todo = plan(config)
+    # Accelerate keeps the precision of the first run in a process for all later ones; each of ours has its own.
+    AcceleratorState._reset_state()
     accelerator = Accelerator(
         mixed_precision="bf16" if config.precision == "bf16" else "no",
         cpu=config.device == "cpu",
@@ -125,6 +128,7 @@ def train(config: RunConfig, *, overwrite: bool = False, quiet: bool = False) ->
     if accelerator.is_main_process:
         folder.complete()
     accelerator.end_training()
+    AcceleratorState._reset_state()
     return folder.path
 
 
