@@ -69,7 +69,7 @@ def command(
     console.print(_table(scores))
     console.print(f"\n{page} written; {time.perf_counter() - began:.0f} s in all, {_peak():.1f} GiB at most. Next:")
     for line in _next(out, folders["coma"]):
-        console.print("  " + line, highlight=False)
+        console.print("  " + line, highlight=False, soft_wrap=True)
     typer.echo(page)
 
 
