@@ -67,8 +67,11 @@ class Renderer:
         if not turns:
             raise ContentError("a dialogue without turns; give at least one (question, answer) pair")
         row = self._opening(dialogue.context, stage, reserve=len(turns[0].ids))
+        full = False
         for turn in turns:
-            if len(row.ids) + len(turn.ids) > self.window:
+            # A later turn may refer to an earlier one, so none is kept once one was dropped.
+            full = full or len(row.ids) + len(turn.ids) > self.window
+            if full:
                 row.cut += len(turn.ids)
                 continue
             row.ids += turn.ids
