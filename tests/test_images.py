@@ -17,7 +17,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from comatch.content import Image, as_message
 from comatch.core.packing import collate
-from comatch.data.images import ImageSettings
+from comatch.data.images import ImageSettings, picture_key
 from comatch.encoder import Encoder
 from comatch.errors import ImageError, ModelError
 from comatch.recipes import load_recipe
@@ -209,3 +209,44 @@ def test_a_processor_that_does_something_else_is_refused(options: dict[str, Any]
 def test_a_processor_that_leaves_a_step_out_is_refused(option: str) -> None:
     with pytest.raises(ModelError, match=option):
         ImageSettings.from_processor(processor(**{option: False}))
+
+
+def photo(width: int, height: int, **options: Any) -> bytes:
+    """A smooth JPEG, as scaled decoding is meant for."""
+    return encoded(noise(1 + width // 64, 1 + height // 64).resize((width, height), PILImage.Resampling.BICUBIC), "JPEG", **options)
+
+
+@pytest.mark.parametrize("size", [(640, 480), (401, 1303), (1000, 90), (100, 80), (30, 20)])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_draft_is_quicker_and_nearly_the_same(size: tuple[int, int], orientation: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    stock, data = ImageSettings.from_processor(processor(high=32)), photo(*size, exif=exif(orientation))
+    quick, scales = stock.limited(None, None, draft=True), list[float]()
+    resize = PILImage.Image.resize
+
+    def noting(self: PILImage.Image, to: tuple[int, int], *rest: Any) -> PILImage.Image:
+        scales.append(max(self.size) / max(size))
+        return resize(self, to, *rest)
+
+    monkeypatch.setattr(PILImage.Image, "resize", noting)
+    (full, grid), (scaled, same) = stock.cut(Image(data)), quick.cut(Image(data))
+    assert grid == same and np.abs(full.astype(int) - scaled).mean() < 3
+    assert scales[0] == 1 and (scales[1] < 0.6) == (min(size) > 400), "half the size or less, where the result is no larger than that"
+    assert (scales[1] == 1) == np.array_equal(full, scaled)
+
+
+def test_draft_leaves_what_is_no_jpeg_alone_and_changes_the_fingerprint() -> None:
+    settings = ImageSettings.from_processor(processor(high=32))
+    quick = settings.limited(None, None, draft=True)
+    data = encoded(noise(640, 480), "PNG")
+    assert np.array_equal(settings.cut(Image(data))[0], quick.cut(Image(data))[0])
+    assert dict(quick.to_dict()) == {**settings.to_dict(), "draft": True} and "draft" not in settings.to_dict()
+    assert ImageSettings(**quick.to_dict()) == quick and quick.limited(None, None) == quick
+
+
+def test_equal_pixels_have_equal_keys() -> None:
+    patches, grid = ImageSettings.from_processor(processor()).cut(Image(noise(120, 60)))
+    key = picture_key(patches, grid)
+    assert key == picture_key(patches.copy(), grid) == picture_key(np.asfortranarray(patches), grid)
+    assert key != picture_key(patches, (grid[0], grid[2], grid[1]))
+    patches[3, 4] ^= 1
+    assert key != picture_key(patches, grid)

@@ -15,7 +15,7 @@ from conftest import EMOJI, needs_emoji
 from PIL import Image as PILImage
 from table_files import KINDS, ROWS, pixels, png, written
 
-from comatch.content import Message
+from comatch.content import Image, Message, Text
 from comatch.data.items import read_items
 from comatch.data.scenes import scene
 from comatch.data.sources import MODES, open_source
@@ -180,7 +180,7 @@ def test_emoji_speak_from_their_truth_columns(emoji: Path) -> None:
     assert (len(train), len(dev)) == (24, 6)
     seen = set()
     for i in range(24):
-        unit, row = train.dialogue(i), truth[train.rows[i]["label"]]
+        unit, row = train.dialogue(i), truth[train.rows[i][0]["label"]]
         answers = {row["label"], ", ".join(row["tags"]), row["group"], row["subgroup"]}
         assert row["split"] == "train" and {a for _, a in unit.turns} <= answers and len(unit.turns) in (3, 4)
         assert pixels(unit.context) == PILImage.open(io.BytesIO(row["image"]["bytes"])).tobytes()
@@ -216,7 +216,7 @@ def test_pictures_outside_the_folder_are_refused(name: str, tmp_path: Path) -> N
         ({"name": "scenes", "split": "validation"}, "train, dev, test"),
         ({"name": "scenes", "dialogue": "chat"}, "multi-turn, single-turn"),
         ({"name": "scenes", "limit": 0}, "limit is 0"),
-        ({"name": "scenes", "path": "x"}, "take no path"),
+        ({"name": "scenes", "path": "x"}, "takes no path"),
         ({"name": "table"}, "needs a path"),
         ({"name": "emoji", "path": "EMOJI", "split": "test"}, "there are dev, train"),
         ({"name": "emoji", "path": "TABLE"}, "no label, tags, group"),
@@ -262,3 +262,38 @@ def test_the_real_emoji_table() -> None:
                 4,
             )
     assert len(list(read_items(EMOJI))) == 1615
+
+
+def test_scenes_make_the_near_misses_that_are_asked_for() -> None:
+    plain, hard = open_source("scenes", limit=30), open_source("scenes", limit=30, negatives=3)
+    for i in range(30):
+        group = hard.group(i)
+        assert (group.query, group.positives) == (plain.group(i).query, plain.group(i).positives)
+        assert plain.group(i).negatives == ()
+        assert len(set(group.negatives)) == 3
+        assert not set(group.negatives) & set(group.positives)
+    drawn = open_source("scenes", limit=30, negatives=2, columns={"direction": "text-to-image"}).group(0)
+    assert all(isinstance(part, Image) for message in drawn.negatives for part in message.parts)
+
+
+def test_scene_questions_are_pairs_of_their_own() -> None:
+    asked = open_source("scenes", limit=30, subset="questions").group(4)
+    assert [type(part) for part in asked.query.parts] == [Image, Text]
+    assert asked.positives != open_source("scenes", limit=30).group(4).positives
+    with pytest.raises(DataError, match="captions, questions"):
+        open_source("scenes", subset="answers")
+    with pytest.raises(DataError, match="no effect on questions"):
+        open_source("scenes", subset="questions", columns={"direction": "both"})
+
+
+@needs_emoji
+def test_emoji_negatives_are_kin_and_not_the_same() -> None:
+    source = open_source("emoji", path=EMOJI, negatives=4)
+    kin = [len(source.group(i).negatives) for i in range(60)]
+    assert max(kin) == 4
+    for i in range(20):
+        group = source.group(i)
+        name = source.rows[i][0]["label"]
+        assert name not in [message.text for message in group.negatives]
+    groups = open_source("emoji", path=EMOJI, subset="groups").group(0)
+    assert groups.positives[0].text == source.rows[0][0]["group"]

@@ -96,9 +96,12 @@ class Image:
         with opened(self.source, self.limits) as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
 
-    def load(self) -> PILImage:
-        """A new PIL image of mode RGB, which the caller owns; ImageError if refused, truncated or damaged."""
-        return self.source.image() if isinstance(self.source, Pixels) else decode(self.source, self.limits)
+    def load(self, at_least: tuple[int, int] | None = None) -> PILImage:
+        """A new PIL image of mode RGB, which the caller owns; ImageError if refused, truncated or damaged.
+
+        at_least: (width, height) that are enough, so that a large JPEG may be decoded at a fraction of its size.
+        """
+        return self.source.image() if isinstance(self.source, Pixels) else decode(self.source, self.limits, at_least)
 
 
 @dataclass(frozen=True)

@@ -135,8 +135,11 @@ def read_header(source: Path | bytes, limits: ImageLimits) -> Header:
         return _checked_header(stream, limits)
 
 
-def decode(source: Path | bytes, limits: ImageLimits) -> PILImage:
-    """Decode a picture to RGB by the rules of this module; ImageError if refused, truncated or damaged."""
+def decode(source: Path | bytes, limits: ImageLimits, at_least: tuple[int, int] | None = None) -> PILImage:
+    """Decode a picture to RGB by the rules of this module; ImageError if refused, truncated or damaged.
+
+    at_least: (width, height) that are enough; a JPEG then comes at 1/2, 1/4 or 1/8 of its size where that is no smaller.
+    """
     from PIL import Image
 
     with opened(source, limits) as stream:
@@ -147,11 +150,15 @@ def decode(source: Path | bytes, limits: ImageLimits) -> PILImage:
             # A decoder that sees another size than we checked would allocate what we did not allow.
             if sorted(image.size) != sorted(header.size):
                 raise ImageError("is damaged: its header and its data give two sizes")
+            lying = image.size != header.size
+            if at_least:
+                image.draft(None, at_least[::-1] if lying else at_least)
+            size = image.size[::-1] if lying else image.size
             image.load()
             # Pillow turns TIFF by itself while loading, and no other format.
             turned = image if header.format == "TIFF" else _turned(image, header.orientation)
             rgb = _to_rgb(turned)
-        if rgb.size != header.size:
+        if rgb.size != size:
             raise ImageError("is damaged: its header and its data give two sizes")
         return rgb
 
@@ -272,7 +279,7 @@ def _to_rgb(image: PILImage) -> PILImage:
         white = Image.new("RGB", image.size, "white")
         white.paste(rgba, mask=rgba.getchannel("A"))
         return white
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _pixels(image: PILImage) -> Pixels:

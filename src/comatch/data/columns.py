@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,33 +45,37 @@ def check_columns(table: Table, columns: Mapping[str, str]) -> None:
         if column not in table.filled:
             raise DataError(f"{table.path}: column {column!r} for {role} is empty in all {len(table)} rows")
         declared = table.type_of(column)
-        if declared is not None and not _fits(declared, ROLES[role]):
+        if declared is not None and not fits(declared, ROLES[role]):
             raise DataError(
                 f"{table.path}: column {column!r} holds {declared}, but {role} needs {_WANTED[ROLES[role]]}"
             )
 
 
-def side(row: Row, columns: Mapping[str, str], name: str, root: Path) -> list[Message]:
+def side(
+    row: Row, columns: Mapping[str, str], name: str, root: Path, parts: Callable[[dict[str, Any]], Any] = dict
+) -> list[Message]:
     """The items of one side of a row ("query", "positive", "negative", "dialogue"); [] where it is empty.
 
-    Lists give one item per entry; a single cell beside a list is part of every item. Raises ContentError.
+    Lists give one item per entry; a single cell, which is no list, is part of every item. `parts` arranges the filled cells
+    of an item, {"image": ..., "text": ...}, for `as_message`. Raises ContentError.
     """
-    cells = {kind: _listed(row.get(columns.get(f"{name}.{kind}", ""))) for kind in ("image", "text")}
-    lengths = {len(entries) for entries in cells.values() if len(entries) != 1}
-    if len(lengths) > 1:
+    cells = {kind: row.get(columns.get(f"{name}.{kind}", "")) for kind in ("image", "text")}
+    lists = {kind: cell for kind, cell in cells.items() if isinstance(cell, list) and cell}
+    if len({len(cell) for cell in lists.values()}) > 1:
         raise ContentError(
-            f"{name} has {len(cells['image'])} images and {len(cells['text'])} texts; lists must be of one "
-            "length"
+            f"{name} has {len(lists['image'])} images and {len(lists['text'])} texts; lists must be of one length"
         )
-    n = lengths.pop() if lengths else 1
-    items = ({kind: entries[i % len(entries)] for kind, entries in cells.items()} for i in range(n))
-    full = ({kind: entry for kind, entry in item.items() if not _empty(entry)} for item in items)
-    return [as_message(item, root=root) for item in full if item]
+    n = max((len(cell) for cell in lists.values()), default=1)
+    items = (cells | {kind: cell[i] for kind, cell in lists.items()} for i in range(n))
+    full = ({kind: entry for kind, entry in item.items() if not empty(entry)} for item in items)
+    return [as_message(parts(item), root=root) for item in full if item]
 
 
-def only(row: Row, columns: Mapping[str, str], name: str, root: Path) -> Message:
+def only(
+    row: Row, columns: Mapping[str, str], name: str, root: Path, parts: Callable[[dict[str, Any]], Any] = dict
+) -> Message:
     """The one item of a side; ContentError where there is none or more."""
-    found = side(row, columns, name, root)
+    found = side(row, columns, name, root, parts)
     if len(found) != 1:
         raise ContentError(f"{name} has {len(found)} items, and must have one")
     return found[0]
@@ -88,9 +92,15 @@ def turns(row: Row, columns: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
     else:
         cell = row.get(columns["dialogue.turns"])
         try:
-            pairs = _pairs(json.loads(cell) if isinstance(cell, str) else cell)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            entries = json.loads(cell) if isinstance(cell, str) else cell
+        except (ValueError, RecursionError) as error:
             raise ContentError(f"turns are not understood ({error}); needed: {_WANTED['turns']}") from None
+        pairs = spoken(entries)
+    return checked_turns([(q.replace("<image>", "") if isinstance(q, str) else q, a) for q, a in pairs])
+
+
+def checked_turns(pairs: Sequence[tuple[Any, Any]]) -> tuple[tuple[str, str], ...]:
+    """Questions and answers without white space around them. Raises ContentError unless all are texts, and there are some."""
     for pair in pairs:
         for text in pair:
             if not isinstance(text, str) or not text.strip():
@@ -129,7 +139,8 @@ _WANTED = {
 }
 
 
-def _fits(declared: pa.DataType, kind: str) -> bool:
+def fits(declared: pa.DataType, kind: str) -> bool:
+    """Whether a column declared so can hold "text", "image" or "turns"; lists of these too."""
     from pyarrow import types
 
     dtype = declared
@@ -143,14 +154,19 @@ def _fits(declared: pa.DataType, kind: str) -> bool:
     return string or (kind == "image" and bool(types.is_binary(dtype) or types.is_large_binary(dtype)))
 
 
-def _listed(cell: Any) -> list[Any]:
-    return cell if isinstance(cell, list) else [cell]
-
-
-def _empty(entry: object) -> bool:
+def empty(entry: object) -> bool:
+    """Whether a cell counts as absent: None, no characters, bytes or entries, or a struct of such."""
     if isinstance(entry, Mapping):
         return not any(entry.values())
-    return entry is None or entry == "" or entry == b""
+    return entry is None or (isinstance(entry, str | bytes | list) and not entry)
+
+
+def spoken(entries: Any) -> list[tuple[Any, Any]]:
+    """(question, answer) as they stand in a list of turns of a usual form; system turns are left out. Raises ContentError."""
+    try:
+        return _pairs(entries)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ContentError(f"turns are not understood ({error}); needed: {_WANTED['turns']}") from None
 
 
 def _pairs(entries: Any) -> list[tuple[Any, Any]]:
@@ -161,10 +177,7 @@ def _pairs(entries: Any) -> list[tuple[Any, Any]]:
     keys = ("from", "value") if "from" in entries[0] else ("role", "content")
     said = [(entry[keys[0]], entry[keys[1]]) for entry in entries if entry[keys[0]] != "system"]
     asked, answered = said[::2], said[1::2]
-    speakers = {who for who, _ in asked} <= {"human", "user"} and {who for who, _ in answered} <= {
-        "gpt",
-        "assistant",
-    }
+    speakers = {who for who, _ in asked} <= {"human", "user"} and {who for who, _ in answered} <= {"gpt", "assistant"}
     if not speakers or len(asked) != len(answered):
         raise ValueError(f"question and answer must take turns, found {[who for who, _ in said[:6]]}")
-    return [(asks.replace("<image>", ""), says) for (_, asks), (_, says) in zip(asked, answered, strict=True)]
+    return [(asks, says) for (_, asks), (_, says) in zip(asked, answered, strict=True)]

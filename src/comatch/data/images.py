@@ -1,10 +1,12 @@
 """Pictures to uint8 patches, in loader workers; scaling and normalising wait for the device.
 
-Equal, after normalisation, to the stock Qwen2-VL image processor's PIL backend (tests/test_images.py), at a fraction of its work.
+Equal, after normalisation, to the stock Qwen2-VL image processor's PIL backend (tests/test_images.py), at a fraction of its work
+(benchmarks/images.py).
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +21,10 @@ from comatch.errors import ImageError, ModelError
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """How a picture is resized and cut. Pixels count one picture: width times height after resizing."""
+    """How a picture is resized and cut. Pixels count one picture: width times height after resizing.
+
+    draft: decode a JPEG at 1/2, 1/4 or 1/8 where the resized picture is no larger than that; quicker, and not the stock pixels.
+    """
 
     patch: int = 14
     merge: int = 2
@@ -28,6 +33,7 @@ class ImageSettings:
     max_pixels: int = 28 * 28 * 1280
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    draft: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.min_pixels <= self.max_pixels or self.max_pixels < (self.patch * self.merge) ** 2:
@@ -58,13 +64,17 @@ class ImageSettings:
             std=tuple(processor.image_std),
         )
 
-    def limited(self, min_pixels: int | None, max_pixels: int | None) -> ImageSettings:
-        """The same settings with other pixel limits; None keeps a limit."""
-        return replace(self, min_pixels=min_pixels or self.min_pixels, max_pixels=max_pixels or self.max_pixels)
+    def limited(self, min_pixels: int | None, max_pixels: int | None, draft: bool = False) -> ImageSettings:
+        """The same settings with other pixel limits (None keeps a limit), or with `draft`."""
+        low, high = min_pixels or self.min_pixels, max_pixels or self.max_pixels
+        return replace(self, min_pixels=low, max_pixels=high, draft=draft or self.draft)
 
     def to_dict(self) -> Mapping[str, Any]:
         """Plain data, for manifests and fingerprints."""
-        return asdict(self)
+        values = asdict(self)
+        if not self.draft:  # so that what was saved before there was this choice keeps its fingerprint
+            del values["draft"]
+        return values
 
     def grid(self, width: int, height: int) -> tuple[int, int, int]:
         """Time, height and width in patches of a picture of that size in pixels (Qwen's smart resize)."""
@@ -88,11 +98,18 @@ class ImageSettings:
 
     def cut(self, image: Image) -> tuple[np.ndarray, tuple[int, int, int]]:
         """Decode, resize and cut: uint8 [patches, 3 * patch * patch] and its grid (time, height, width) in patches."""
-        picture = image.load()
-        grid = self.grid(*picture.size)
+        grid = self.grid(*image.size)
         size = grid[2] * self.patch, grid[1] * self.patch
+        picture = image.load(size if self.draft else None)
         if picture.size != size:
             picture = picture.resize(size, PILImage.Resampling.BICUBIC)
         h, w, m, p = grid[1] // self.merge, grid[2] // self.merge, self.merge, self.patch
         pixels = np.asarray(picture).reshape(h, m, p, w, m, p, 3)
         return np.ascontiguousarray(pixels.transpose(0, 3, 1, 4, 6, 2, 5)).reshape(-1, 3 * p * p), grid
+
+
+def picture_key(patches: np.ndarray, grid: tuple[int, int, int]) -> bytes:
+    """A content hash of what the vision tower gets of a picture: its pixels after all settings, and its grid."""
+    digest = hashlib.sha256(b"%d %d %d " % grid)
+    digest.update(np.ascontiguousarray(patches).data)
+    return digest.digest()

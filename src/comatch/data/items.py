@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from comatch.content import Message
-from comatch.data.columns import check_columns, guess_columns, only
+from comatch.data.columns import TEXT_NAMES, check_columns, guess_columns, only
 from comatch.data.tables import TABLE_SUFFIXES, open_table
 from comatch.data.text_tables import Lines, Row, json_row
 from comatch.errors import ContentError, DataError, ImageError
@@ -25,7 +25,7 @@ def read_items(
 
     - a folder: all pictures below it, by suffix, without hidden ones, in order; the id is the path below the
       folder. A folder without pictures is read as the shards of a table
-    - a table (CSV, TSV, JSON lines, Parquet): the named columns, else those of the usual names; the id is the
+    - a table (CSV, TSV, JSON lines or array, Parquet): the named columns, else those of the usual names; the id is the
       column `id`, else the number of the row from 0
     - "-": the lines of standard input, JSON objects if the first one is an object, else texts; ids as in a
       table
@@ -49,6 +49,30 @@ def read_items(
         raise DataError(
             f"{path} holds nothing to embed; pass a table, or a folder with pictures ({', '.join(SUFFIXES)})"
         )
+
+
+def read_labels(path: str | Path, column: str | None = None) -> dict[str, str]:
+    """{id: what a person reads of the item} for the rows of a table, {} where `path` is none.
+
+    column: where it stands; by default the first of the usual names of texts that the table has. DataError for a column that is not there.
+    """
+    source = Path(path)
+    if str(path) == "-" or (source.is_dir() and (next(_pictures(source), None) or not _shards(source))):
+        if column is not None:
+            raise DataError(f"label column {column!r}: {path} is no table; leave it out")
+        return {}
+    table = open_table(source)
+    if column is not None and column not in table.columns:
+        raise DataError(f"{path} has no column {column!r} for labels; its columns are {', '.join(table.columns)}")
+    column = column or next((name for name in TEXT_NAMES if name in table.filled), None)
+    if column is None:
+        return {}
+    labels = {}
+    for number, row in enumerate(table.rows(sorted({column, "id"} & set(table.columns)))):
+        cell = row.get(column)
+        if told := ", ".join(map(str, cell)) if isinstance(cell, list) else str(cell or ""):
+            labels[_id(row, number)] = told
+    return labels
 
 
 def _from_path(path: Path, columns: Mapping[str, str]) -> Iterator[Item]:
@@ -108,12 +132,15 @@ def _pictures(root: Path) -> Iterator[Item]:
 
 
 def _item(row: Row, number: int, columns: Mapping[str, str], root: Path) -> Item:
-    id = row.get("id")
-    name = str(number if id is None or id == "" else id)
     try:
-        return name, only(row, columns, "query", root)
+        return _id(row, number), only(row, columns, "query", root)
     except ContentError as error:
-        return name, error
+        return _id(row, number), error
+
+
+def _id(row: Row, number: int) -> str:
+    id = row.get("id")
+    return str(number if id is None or id == "" else id)
 
 
 def _usual(names: list[str], where: Path | str) -> dict[str, str]:

@@ -1,7 +1,7 @@
-"""Tables of data at rest, by row number: CSV, TSV, JSON lines, Parquet, or a folder of shards of one kind.
+"""Tables of data at rest, by row number: CSV, TSV, JSON lines or array, Parquet, WebDataset tar, or shards of one kind.
 
-A table is read through once when it is opened, so that a fault in its form is found before any work starts
-and named with file and line. Of text tables only the place of each row is kept, of Parquet a bounded number
+A text table is read through once when it is opened, a tar by its headers, so that a fault in its form is found before
+any work starts and named with file and line. Of these only the place of each row is kept, of Parquet a bounded number
 of row groups. Worker processes may share a table.
 """
 
@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from comatch.data.json_arrays import JsonArray
+from comatch.data.tars import Tar
 from comatch.data.text_tables import Csv, JsonLines, Row, Tsv
 from comatch.errors import DataError
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 _CACHE_BYTES = 256 * 2**20
 _LARGEST_GROUP = 2**30
 _BATCH = 64
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 
 
 class Table(Protocol):
@@ -47,19 +50,24 @@ class Table(Protocol):
         ...
 
 
-def open_table(path: Path) -> Table:
-    """Open a file by its suffix, or a folder of files of one suffix as the shards of one table.
+def open_table(path: Path, *, kinds: Sequence[str] = (*TABLE_SUFFIXES, ".json"), allow_cut: bool = False) -> Table:
+    """Open a file by its suffix, or several as the shards of one table: a folder, or a pattern such as train-*.parquet.
 
+    `kinds` are the suffixes allowed; of a folder all files of these are taken, without .json, which there describes the rest.
     Raises DataError for what cannot be read, naming file and line, and for files without rows.
     """
     if path.is_dir():
-        return Shards(path)
-    if path.suffix.lower() not in _READERS:
-        raise DataError(f"{path} is no table; the name of a table ends in one of {', '.join(_READERS)}")
+        files = [file for file in path.iterdir() if file.suffix.lower() in kinds and file.name[0] != "."]
+        return Shards(path, [file for file in files if file.suffix.lower() != ".json"], kinds, allow_cut)
+    if "*" in path.name and not path.exists():
+        return Shards(path, list(path.parent.glob(path.name)), kinds, allow_cut)
+    if path.suffix.lower() not in kinds:
+        hint = f" (unpack it first: gunzip {path.name})" if path.suffix.lower() in (".gz", ".tgz") else ""
+        raise DataError(f"{path} is no table{hint}; its name must end in one of {', '.join(kinds)}")
     if not path.is_file():
         raise DataError(f"there is no file {path}; check the path")
     try:
-        table = _READERS[path.suffix.lower()](path)
+        table = _READERS[path.suffix.lower()](path, allow_cut)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
     if not len(table):
@@ -144,26 +152,24 @@ def _all_null(chunk: pq.ColumnChunkMetaData) -> bool:
 
 
 class Shards:
-    """The tables of a folder, one after the other in order of their names. All must have the same columns."""
+    """Tables, one after the other in order of their names. All must have the same columns."""
 
-    def __init__(self, path: Path) -> None:
-        files = sorted(
-            file for file in path.iterdir() if file.suffix.lower() in _READERS and file.name[0] != "."
-        )
-        kinds = sorted({file.suffix.lower() for file in files})
-        if len(kinds) != 1:
+    def __init__(self, path: Path, files: Sequence[Path], kinds: Sequence[str], allow_cut: bool) -> None:
+        found = sorted({file.suffix.lower() for file in files})
+        if len(found) != 1:
             raise DataError(
-                f"{path} holds tables of {len(kinds)} kinds ({', '.join(kinds) or 'none'}); shards are files "
-                f"of one kind: {', '.join(_READERS)}"
+                f"{path} holds tables of {len(found)} kinds ({', '.join(found) or 'none'}); shards are files "
+                f"of one kind: {', '.join(kinds)}"
             )
         self.path = path
-        self._shards = [open_table(file) for file in files]
+        self._shards = [open_table(file, kinds=kinds, allow_cut=allow_cut) for file in sorted(files)]
         self._ends = list(itertools.accumulate(map(len, self._shards)))
         first = self._shards[0]
-        for shard in self._shards[1:]:
-            for column in (*first.columns, *shard.columns):
-                self._compare(first, shard, column)
-        self.columns = first.columns
+        if found != [".tar"]:  # an archive declares no columns: what a row lacks is told with the row
+            for shard in self._shards[1:]:
+                for column in (*first.columns, *shard.columns):
+                    self._compare(first, shard, column)
+        self.columns = tuple(dict.fromkeys(column for shard in self._shards for column in shard.columns))
         self.filled = frozenset.union(*(shard.filled for shard in self._shards))
 
     def __len__(self) -> int:
@@ -195,11 +201,12 @@ class Shards:
             )
 
 
-_READERS: dict[str, Callable[[Path], Table]] = {
+_READERS: dict[str, Callable[[Path, bool], Table]] = {
     ".csv": Csv,
     ".tsv": Tsv,
     ".jsonl": JsonLines,
     ".ndjson": JsonLines,
-    ".parquet": Parquet,
+    ".parquet": lambda path, allow_cut: Parquet(path),
+    ".json": JsonArray,
+    ".tar": Tar,
 }
-TABLE_SUFFIXES = tuple(_READERS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import warnings
 from array import array
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
@@ -41,10 +42,14 @@ class Lines:
 
 
 class LineTable:
-    """A table of text lines; what one record is, the subclasses know."""
+    """A table of text lines; what one record is, the subclasses know.
 
-    def __init__(self, path: Path) -> None:
+    `allow_cut`: where the file is cut off at its end, use what comes before, with a warning.
+    """
+
+    def __init__(self, path: Path, allow_cut: bool = False) -> None:
         self.path = path
+        self.allow_cut = allow_cut
         self.columns: tuple[str, ...] = ()
         self._starts = array("q")
         filled: dict[str, bool] = {}
@@ -83,8 +88,11 @@ class JsonLines(LineTable):
     def _parse(self, lines: Lines) -> Iterator[tuple[int, Row]]:
         start, number = lines.offset, lines.number
         for text in lines:
+            where = f"{self.path}, line {number}"
+            if not text.endswith("\n") and text.strip() and (error := json_fault(text)):
+                return cut_off(f"{where}: the last line is cut off ({error})", self.allow_cut)
             if text.strip():
-                yield start, json_row(text, f"{self.path}, line {number}")
+                yield start, json_row(text, where)
             start, number = lines.offset, lines.number
 
 
@@ -94,15 +102,29 @@ def json_row(text: str, where: str) -> Row:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
         if not text.endswith("\n"):
-            raise DataError(
-                f"{where}: the last line is cut off ({error}); delete it or write the file again"
-            ) from None
+            raise DataError(f"{where}: the last line is cut off ({error}); write it again") from None
         raise DataError(f"{where}: {error}; each line must be one JSON object") from None
     if not isinstance(row, dict):
         raise DataError(
             f'{where}: found {type(row).__name__}; each line must be one JSON object, such as {{"text": ...}}'
         )
     return row
+
+
+def json_fault(text: str) -> Exception | None:
+    """What is wrong with a text that should be JSON, if anything is."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return error
+    return None
+
+
+def cut_off(what: str, allowed: bool) -> None:
+    """A file ends too early: a warning where that is allowed, else DataError."""
+    if not allowed:
+        raise DataError(f"{what}; write the file again, or set allow_cut to use what comes before")
+    warnings.warn(f"{what}; what comes before is used", stacklevel=2)
 
 
 class Csv(LineTable):

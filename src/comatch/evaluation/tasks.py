@@ -210,7 +210,7 @@ def emoji_tasks(path: str | Path, split: str = "dev") -> list[Task]:
     Some pictures are the same to the pixel, some emoji have the same tags; any of them is right.
     """
     source = open_source("emoji", path=path, split=split)
-    rows: list[dict[str, Any]] = [source.rows[i] for i in range(len(source))]
+    rows: list[dict[str, Any]] = [source.rows[i][0] for i in range(len(source))]
     pictures = [Message((Image(row["image"]["bytes"]),)) for row in rows]
     decoded = [picture.images[0].load() for picture in pictures]
     pixels = [(picture.size, picture.tobytes()) for picture in decoded]
