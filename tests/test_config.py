@@ -68,7 +68,7 @@ def test_a_file_and_its_defaults(write: Write) -> None:
     assert match.data is not None
     assert match.data.limit == 100
     assert config.stages["compress"].data is None
-    assert (match.temperature, match.tokens_per_pass) == (0.03, 4096)
+    assert (match.loss.temperature, match.tokens_per_pass) == (0.03, 4096)
 
 
 def test_overrides_win_and_are_typed_as_yaml(write: Write) -> None:
@@ -118,7 +118,7 @@ def test_origins(write: Write) -> None:
         ("precision=fp8", ["precision is 'fp8'", "'fp32' or 'bf16'"]),
         ("stages.match.steps=many", ["stages.match.steps is 'many'", "valid integer"]),
         ("stages.match.steps=true", ["stages.match.steps is True", "valid integer"]),
-        ("stages.match.steps=0", ["is 0", "greater than or equal to 1"]),
+        ("stages.match.steps=0", ["steps is 0", "epochs is None", "give one of the two"]),
         ("stages.match.steps=2.0", ["is 2.0", "valid integer"]),
         ("stages.match.optim.lr=.inf", ["is inf", "finite"]),
         ("stages.match.optim.betas=[0.9, 1.5]", ["betas are [0.9, 1.5]", "below 1"]),
@@ -182,7 +182,11 @@ def test_no_code_runs(write: Write, tmp_path: Path) -> None:
     [
         (["adapter={kind: full, r: 8}"], ["r is 8", "no effect with kind 'full'"]),
         (["images={min_pixels: 9, max_pixels: 4}"], ["min_pixels 9 is above max_pixels 4"]),
-        (["stages.compress.temperature=0.1"], ["run.yaml:6", "temperature is 0.1", "not contrastive"]),
+        (["stages.compress.loss.temperature=0.1"], ["command line: stages.compress.loss.temperature is 0.1", "not contrastive"]),
+        (["stages.compress.keep_passes=2"], ["run.yaml:6", "stages.compress.keep_passes is 2", "not contrastive"]),
+        (["stages.match.loss.hardness_strength=2.0"], ["stages.match.loss", "hardness_strength is 2.0", "no effect without hardness"]),
+        (["stages.match.loss.vectors=[1, 5]"], ["stages.match.loss.vectors", "tokens do not make 5 vectors", "allowed: [1, 2,"]),
+        (["stages.match.loss={dims: [4, 4]}"], ["dims is [4, 4]", "stand there once"]),
         (["recipe=matching"], ["run.yaml:6", "no stage 'compress'"]),
         (["recipe=matching-last", "tokens=4", "stages={match: {steps: 1, batch: 1}}"], ["tokens=4"]),
     ],
@@ -196,7 +200,10 @@ def test_the_same_settings_where_they_have_effect(write: Write) -> None:
     path = write(RUN)
     assert load_config(path, ["adapter={kind: lora, r: 8}"]).adapter.r == 8
     assert load_config(path, ["adapter={kind: full}"]).adapter.kind == "full"
-    assert load_config(path, ["stages.match.temperature=0.1"]).stages["match"].temperature == 0.1
+    assert load_config(path, ["stages.match.loss.temperature=0.1"]).stages["match"].loss.temperature == 0.1
+    assert load_config(path, ["stages.match.loss.vectors=[1, 4]"]).stages["match"].loss.vectors == [1, 4]
+    learned = load_config(path, ["stages.match.loss={learn_temperature: true, temperature_range: [0.01, 0.5]}"])
+    assert learned.stages["match"].loss.learn_temperature
     assert load_config(path, ["tokens=4"]).tokens == 4
 
 

@@ -16,10 +16,12 @@ from typing import Any, get_args, get_origin
 from pydantic import ValidationError
 
 from comatch import plain_yaml
-from comatch.config.schema import Part, RunConfig, show
+from comatch.config.data import DataConfig
+from comatch.config.part import Part, show
+from comatch.config.schema import RunConfig, StageRun
 from comatch.errors import ConfigError, RecipeError
 from comatch.plain_yaml import Key
-from comatch.recipe import Recipe
+from comatch.recipe import Recipe, Stage, check_vectors
 from comatch.recipes import load_recipe
 
 Origins = Mapping[Key, str]
@@ -72,16 +74,52 @@ def _check_stages(data: Mapping[str, Any], origins: Origins) -> None:
 
 
 def _check_idle(config: RunConfig, origins: Origins) -> None:
-    """K fits the recipe, and no contrastive setting stands in a stage that is not contrastive."""
+    """K fits the recipe, each stage's loss fits the stage, and data of the run serve some stage."""
     recipe = _recipe(config.recipe, config.tokens, origins)
-    why = "has no effect in a stage that is not contrastive; remove it"
+    _check_data(config, recipe, origins)
     for name, run in config.stages.items():
-        if "contrastive" not in recipe.stage(name).objectives:
-            try:
-                run.refuse_changed(("temperature", "symmetric"), why)
-            except ValueError as error:
-                where = _origin(("stages", name), origins, "stages")
-                raise ConfigError(f"{where}: stages.{name}.{error}") from error
+        stage = recipe.stage(name)
+        try:
+            if "contrastive" in stage.objectives:
+                _check_vectors(run, stage, recipe.tokens)
+            else:
+                _refuse_loss(run)
+        except ValueError as error:
+            where = _origin(("stages", name, "loss"), origins, "stages")
+            raise ConfigError(f"{where}: stages.{name}.{error}") from error
+
+
+def _check_vectors(run: StageRun, stage: Stage, tokens: int) -> None:
+    for count in run.loss.vectors:
+        try:
+            check_vectors(count, stage.pooling, tokens)
+        except RecipeError as error:
+            raise ValueError(f"loss.vectors: {error}") from error
+
+
+def _refuse_loss(run: StageRun) -> None:
+    why = "has no effect in a stage that is not contrastive; remove it"
+    run.refuse_changed(("keep_passes",), why)
+    try:
+        run.loss.refuse_changed(tuple(type(run.loss).model_fields), why)
+    except ValueError as error:
+        raise ValueError(f"loss.{error}") from error
+
+
+def _check_data(config: RunConfig, recipe: Recipe, origins: Origins) -> None:
+    pairs = [name for name in config.stages if "contrastive" in recipe.stage(name).objectives]
+    borrowing = [name for name, run in config.stages.items() if run.data is None]
+    if not borrowing and config.data != DataConfig():
+        where = _origin(("data",), origins, "data")
+        raise ConfigError(f"{where}: data has no effect, because every stage has its own; remove one of them")
+    places: list[tuple[Key, DataConfig, bool]] = [(("data",), config.data, not set(borrowing) & set(pairs))]
+    places += [(("stages", name, "data"), run.data, name not in pairs) for name, run in config.stages.items() if run.data is not None]
+    for at, data, idle in places:
+        changed = [name for name in ("positives", "negatives") if getattr(data, name) != getattr(DataConfig(), name)]
+        changed += ["prompt"] * any(source.prompt for source in data.sources.values())
+        if idle and changed:
+            where = _origin((*at, changed[0]), origins, "data")
+            raise ConfigError(f"{where}: {_dotted(at)}.{changed[0]} has no effect; no contrastive stage reads these data; remove it")
 
 
 def _recipe(name: str, tokens: int | None, origins: Origins) -> Recipe:
@@ -159,9 +197,12 @@ def _inner(annotation: Any) -> Any:
 def _fields(loc: Key) -> Mapping[str, Any]:
     """The fields of the part at `loc`, as pydantic knows them."""
     part: type[Part] = RunConfig
-    for step in loc:
-        if step in part.model_fields:  # otherwise a name in a mapping of parts, as in stages.match
-            part = _inner(part.model_fields[str(step)].annotation)
+    steps = iter(loc)
+    for step in steps:
+        annotation = part.model_fields[str(step)].annotation
+        part = _inner(annotation)
+        if any(get_origin(part_of) is dict for part_of in (annotation, *get_args(annotation))):
+            next(steps, None)  # a name in a mapping of parts, as in stages.match; it may be that of a field
     return part.model_fields
 
 
@@ -170,7 +211,7 @@ def _all_keys(part: type[Part] = RunConfig, prefix: str = "") -> Iterator[str]:
         yield prefix + name
         inner = _inner(field.annotation)
         if isinstance(inner, type) and issubclass(inner, Part):
-            yield from _all_keys(inner, f"{prefix}{name}.{'STAGE.' if name == 'stages' else ''}")
+            yield from _all_keys(inner, f"{prefix}{name}.{'STAGE.' if name == 'stages' else 'NAME.' if name == 'mixture' else ''}")
 
 
 def _nearest_key(key: str, allowed: Sequence[str]) -> str:

@@ -5,42 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-
-class Part(BaseModel):
-    """What all parts share: unknown keys, wrong types, infinities and later changes are refused."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-    def refuse_changed(self, names: Sequence[str], why: str) -> None:
-        """Raise ValueError if one of these fields is not at its default: no setting is ignored in silence."""
-        for name in names:
-            value = getattr(self, name)
-            if value != type(self).model_fields[name].default:
-                raise ValueError(f"{name} is {show(value)}, which {why}")
-
-
-class ImagesConfig(Part):
-    """How large pictures may be, in pixels; None keeps the model's own setting."""
-
-    min_pixels: int | None = Field(default=None, ge=1)
-    """Smaller pictures are scaled up to this."""
-    max_pixels: int | None = Field(default=None, ge=1)
-    """Larger pictures are scaled down to this."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> ImagesConfig:
-        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
-            both = f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}"
-            raise ValueError(f"{both}; lower the first or raise the second")
-        return self
+from comatch.config.data import DataConfig
+from comatch.config.evaluate import EvaluateConfig
+from comatch.config.images import ImagesConfig
+from comatch.config.loss import LossConfig
+from comatch.config.part import Part
 
 
 class AdapterConfig(Part):
@@ -67,24 +41,6 @@ class AdapterConfig(Part):
         return self
 
 
-class DataConfig(Part):
-    """One source of examples."""
-
-    source: str = "scenes"
-    """A source's name: the generated world, or a format that `path` is read as."""
-    path: str | None = None
-    """File or folder, for sources that read one."""
-    split: str = "train"
-    limit: int | None = Field(default=None, ge=1)
-    """Use only this many examples."""
-    max_bad: float = Field(default=0.001, ge=0, le=1)
-    """Stop when a larger share of rows than this is unreadable."""
-    columns: dict[str, str] | None = None
-    """Our column names to the file's, where they differ."""
-    dialogue: Literal["multi-turn", "single-turn", "description", "caption", "mixed"] = "multi-turn"
-    """What a dialogue is made of."""
-
-
 class OptimConfig(Part):
     """AdamW and its schedule."""
 
@@ -108,21 +64,31 @@ class OptimConfig(Part):
 class StageRun(Part):
     """How long and how large one stage of the recipe is trained."""
 
-    steps: int = Field(ge=1)
-    """Optimiser steps."""
+    steps: int = Field(default=0, ge=0)
+    """Optimiser steps; this or epochs."""
+    epochs: float | None = Field(default=None, gt=0)
+    """In the place of steps: how often all rows are seen, in whole batches."""
     batch: int = Field(ge=1)
     """Examples of one batch, over all processes and passes; a contrastive loss sees them together."""
     tokens_per_pass: int = Field(default=4096, ge=1)
     """Language-model tokens of one forward pass; it changes memory and speed, not the result."""
     data: DataConfig | None = None
     """This stage's own data; None is the run's."""
-    temperature: float = Field(default=0.03, gt=0)
+    patches_per_pass: int | None = Field(default=None, ge=1)
+    """Picture patches of one forward pass; None sets no limit."""
+    keep_passes: int = Field(default=1, ge=1)
+    """Contrastive stages only: passes whose graph is held in memory at once; those are not run a second time."""
+    loss: LossConfig = LossConfig()
     """Contrastive stages only."""
-    symmetric: bool = False
-    """Contrastive stages only: also match positives to queries."""
     optim: OptimConfig = OptimConfig()
     log_every: int = Field(default=10, ge=1)
     """Steps from one line of metrics to the next."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> StageRun:
+        if (self.steps > 0) == (self.epochs is not None):
+            raise ValueError(f"steps is {self.steps} and epochs is {self.epochs}; give one of the two, above 0")
+        return self
 
 
 class RunConfig(Part):
@@ -146,13 +112,35 @@ class RunConfig(Part):
     """"cpu" keeps off a GPU; None takes what Accelerate finds (choose GPUs by CUDA_VISIBLE_DEVICES)."""
     workers: int = Field(default=0, ge=0)
     """Processes that prepare examples; 0 prepares them in the main one."""
+    compile: bool = False
+    """Fuse the language model's layers by torch.compile; the first passes then take a minute or two."""
+    checkpointing: Literal["auto", "none", "all"] | Annotated[int, Field(ge=0)] = "auto"
+    """How many layers of the language model are run again in the backward pass in the place of being kept; auto takes those that
+    do not fit into free memory. Memory and speed change, the result does not."""
+    peak_tflops: float | None = Field(default=None, gt=0)
+    """What one device could do, in TFLOP/s; metrics then tell the share that was reached (mfu)."""
+    timeout_minutes: float = Field(default=30.0, gt=0)
+    """With several processes: how long one waits for the others before the run ends with an error."""
     images: ImagesConfig = ImagesConfig()
     adapter: AdapterConfig = AdapterConfig()
     data: DataConfig = DataConfig()
     stages: dict[str, StageRun] = Field(min_length=1)
     """Which stages of the recipe to train, by name."""
-    tracking: list[Literal["tensorboard", "wandb"]] = []
+    save_every: int | None = Field(default=100, ge=1)
+    """Steps from one checkpoint to the next; None saves at the end of a stage and on signals only."""
+    keep: int = Field(default=2, ge=1)
+    """How many of the newest checkpoints stay, besides the best."""
+    evaluate: EvaluateConfig | None = None
+    """Scores while the stage that makes the vectors is trained, and the choice of its best checkpoint."""
+    tracking: list[Literal["tensorboard", "wandb"]] = Field(default=[])
     """Trackers beside the metrics file that is always written."""
+
+    @model_validator(mode="after")
+    def _store_of_a_frozen_tower(self) -> RunConfig:
+        if self.images.store and self.adapter.train_vision:
+            both = f"images.store is {self.images.store!r} and adapter.train_vision is true"
+            raise ValueError(f"{both}; what a tower that learns gave is soon stale, so drop one of the two")
+        return self
 
     @model_validator(mode="after")
     def _folder_is_plain(self) -> RunConfig:
@@ -170,9 +158,3 @@ class RunConfig(Part):
         """SHA-256 (hex) of the canonical JSON of all values: equal digests, equal runs."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
-
-
-def show(value: Any) -> str:
-    """A value as error messages show it, cut to 80 characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,84 +1,232 @@
-"""Batches of prepared examples, in an order that depends on (seed, position) alone. Bad rows are replaced and counted, never dropped."""
+"""Samples of each global batch, as a pure function of (seed, step, rank, ranks). Bad rows are replaced and counted, never dropped."""
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
+from comatch.content import Message
 from comatch.core.batch import Example
-from comatch.data.order import shuffled
-from comatch.data.sources import Source
+from comatch.data.mixture import Mixture, key
+from comatch.data.scene_truth import Dice
 from comatch.errors import ContentError, DataError
 from comatch.prepare import Preparer
 from comatch.recipe import Stage
+from comatch.training.parcel import Parcel
 
-_RESERVES = 20
+_TRIES = 8
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One training unit. examples: (dialogue,) or (query, positive). bad: reasons of rows that were tried and refused before this one."""
+    """One training unit, of one row.
+
+    row: its number within its source. examples: (dialogue,), or (query, *positives, *negatives). positives: how many of examples[1:]
+    are positives. keys: a hash of each item's content, so that equal items have equal keys. bad: reasons of rows that were tried and
+    refused before this one. replaced: rows before it whose positive stood in the global batch already. duplicate: no row with a new
+    positive was found, and this one stands there with an old one. missing: hard negatives asked for that the row does not have.
+    """
 
     row: int
+    source: str
     examples: tuple[Example, ...]
+    positives: int = 0
+    keys: tuple[int, ...] = ()
     bad: tuple[str, ...] = ()
+    replaced: int = 0
+    duplicate: bool = False
+    missing: int = 0
 
 
 @dataclass
 class Quarantine:
-    """Counts bad rows and stops the run above a stated share (specs/ecosystem.md rows 1 and 2)."""
+    """Counts what happened to the data, and stops the run above a stated share of bad rows (specs/ecosystem.md rows 1, 2 and 7).
+
+    reasons: why rows were bad. counts: per source, of samples, bad rows, rows replaced or kept although their positive stood in the batch
+    already, hard negatives missing, and examples cut to fit the window. Each rank counts its own samples; `merged` adds them up.
+    """
 
     max_bad: float
     rows: int
-    seen: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
+    counts: dict[str, Counter[str]] = field(default_factory=dict)
+
+    @classmethod
+    def merged(cls, accounts: Sequence[Quarantine]) -> Quarantine:
+        """The account of all ranks. Raises DataError where they have too many bad rows together."""
+        whole = cls(accounts[0].max_bad, accounts[0].rows)
+        for account in accounts:
+            whole.reasons.update(account.reasons)
+            for source, counts in account.counts.items():
+                whole.counts.setdefault(source, Counter()).update(counts)
+        whole.check()
+        return whole
 
     @property
     def count(self) -> int:
+        """Bad rows."""
         return sum(self.reasons.values())
 
+    def total(self, name: str) -> int:
+        """One of `counts` over all sources."""
+        return sum(counts[name] for counts in self.counts.values())
+
     def add(self, sample: Sample) -> None:
-        """Count one sample. Raises DataError once more than max(10, max_bad * rows) rows were bad."""
-        self.seen += 1
+        """Count one sample. Raises DataError as `check` does."""
+        cut = [example.cut for example in sample.examples if example.cut]
+        if cut and not self.total("cut"):
+            told = f"row {sample.row} of {sample.source} is longer than the window: {max(cut)} text tokens were cut"
+            warnings.warn(f"{told}; later ones are only counted, as cut_examples in the metrics", stacklevel=2)
         self.reasons.update(sample.bad)
+        self.counts.setdefault(sample.source, Counter()).update(
+            samples=1, bad=len(sample.bad), replaced=sample.replaced, kept=sample.duplicate, missing=sample.missing, cut=len(cut)
+        )
+        self.check()
+
+    def check(self) -> None:
+        """Raise DataError once more than max(10, max_bad * rows) rows were bad."""
         limit = max(10, int(self.max_bad * self.rows))
         if self.count > limit:
             commonest = "; ".join(f"{n} x {reason}" for reason, n in self.reasons.most_common(10))
-            raise DataError(f"{self.count} bad rows of {self.seen} read, allowed are {limit} (data.max_bad={self.max_bad}): {commonest}")
+            told = f"{self.count} bad rows in {self.total('samples')} samples, allowed are {limit} (data.max_bad={self.max_bad})"
+            raise DataError(f"{told}: {commonest}")
+
+    def metrics(self) -> dict[str, Any]:
+        """Plain numbers for the metrics: sums over the sources, and each source's own under `sources`."""
+        names = {"cut": "cut_examples", "replaced": "duplicates_replaced", "kept": "duplicates_kept", "missing": "negatives_missing"}
+        sums = {told: self.total(name) for name, told in names.items()}
+        return {"bad_rows": self.count, **sums, "sources": {source: dict(counts) for source, counts in self.counts.items()}}
 
 
-class StageData(Dataset[Sample]):
-    """The samples of one stage by their place in the run; a pure function of the place."""
+@dataclass(frozen=True)
+class _Pick:
+    """A row as read, before its pictures are decoded; the fields are those of Sample."""
 
-    def __init__(self, source: Source, preparer: Preparer, stage: Stage, seed: int, positions: range) -> None:
-        self.source, self.preparer, self.stage = source, preparer, stage
-        self.seed, self.positions = seed, positions
+    row: int
+    messages: tuple[Message, ...]
+    positives: int
+    keys: tuple[int, ...]
+    missing: int
+    replaced: int = 0
+    duplicate: bool = False
 
-    def __len__(self) -> int:
-        return len(self.positions)
+    @property
+    def answers(self) -> tuple[int, ...]:
+        return self.keys[1 : 1 + self.positives]
 
-    def __getitem__(self, index: int) -> Sample:
-        row, epoch = shuffled(self.positions[index], len(self.source), self.seed)
-        bad: list[str] = []
-        for reserve in range(_RESERVES):
-            # Reserves step by a large odd stride, because bad rows often stand side by side.
-            place = (row + reserve * 7919) % len(self.source)
+
+class StageData(Dataset[list[Sample]]):
+    """The samples of one stage: data[step] are those of this rank in global batch `step`, every n-th of the same list for n ranks.
+
+    In a contrastive stage every rank reads the rows of the whole batch, because no positive may stand in it twice, and decodes the
+    pictures of its own.
+    """
+
+    def __init__(self, mixture: Mixture, preparer: Preparer, stage: Stage, *, seed: int, batch: int, rank: int = 0, ranks: int = 1) -> None:
+        self.mixture, self.preparer, self.stage = mixture, preparer, stage
+        self.seed, self.batch, self.rank, self.ranks = seed, batch, rank, ranks
+
+    def __getitem__(self, step: int) -> list[Sample]:
+        places = self.mixture.places(step, self.batch)
+        if "contrastive" in self.stage.objectives:
+            return self._groups(places)
+        return [self._dialogue(*place) for place in places[self.rank :: self.ranks]]
+
+    def _dialogue(self, source: int, position: int) -> Sample:
+        ingredient, bad = self.mixture.ingredients[source], list[str]()
+        for row, epoch in self.mixture.rows(source, position, self.seed):
             try:
-                return Sample(place, self._examples(place, epoch), tuple(bad))
+                example = self.preparer.dialogue(ingredient.source.dialogue(row, epoch), self.stage)
             except ContentError as error:
                 bad.append(error.reason)
-        raise DataError(f"row {row} and {_RESERVES - 1} reserves of source {self.source.name!r} are all bad: {bad[:3]}")
+            else:
+                return Sample(row, ingredient.name, (example,), bad=tuple(bad))
+        raise self._exhausted(source, position, bad)
 
-    def _examples(self, row: int, epoch: int) -> tuple[Example, ...]:
-        if "contrastive" in self.stage.objectives:
-            group = self.source.group(row, epoch)
-            return self.preparer.item(group.query, self.stage), self.preparer.item(group.positives[0], self.stage)
-        return (self.preparer.dialogue(self.source.dialogue(row, epoch), self.stage),)
+    def _groups(self, places: list[tuple[int, int]]) -> list[Sample]:
+        taken: set[int] = set()
+        # Class names repeat so much that looking for new ones must end: no batch reads more than twice its rows for it.
+        spare, mine = self.batch, []
+        for number, place in enumerate(places):
+            rows, bad = self.mixture.rows(*place, self.seed), list[str]()
+            pick, tried = self._pick(place, rows, taken, bad, min(spare, _TRIES))
+            spare -= tried
+            taken.update(pick.answers)
+            if number % self.ranks == self.rank:
+                mine.append((place, rows, pick, bad))
+        return [self._sample(*one, taken) for one in mine]
+
+    def _pick(
+        self, place: tuple[int, int], rows: Iterator[tuple[int, int]], taken: set[int], bad: list[str], spare: int
+    ) -> tuple[_Pick, int]:
+        """The next of `rows` that can be read and has new positives, and how many with old ones came before it.
+
+        Where `spare` more rows do not help, it is the first that can be read.
+        """
+        first, tried = None, 0
+        for row, epoch in rows:
+            try:
+                pick = self._read(place[0], row, epoch)
+            except ContentError as error:
+                bad.append(error.reason)
+                continue
+            if taken.isdisjoint(pick.answers):
+                return replace(pick, replaced=tried), tried
+            first = first or pick
+            if tried == spare:
+                break
+            tried += 1
+        if first is None:
+            raise self._exhausted(*place, bad)
+        return replace(first, duplicate=True), tried
+
+    def _read(self, source: int, row: int, epoch: int) -> _Pick:
+        """Query, positives and negatives of a row, as many as asked for, drawn anew in each epoch. Raises ContentError."""
+        ingredient = self.mixture.ingredients[source]
+        group = ingredient.group(row, epoch)
+        positives, wanted = group.positives[: self.mixture.positives], self.mixture.negatives
+        # A source draws the order of positives; of the negatives it does not.
+        negatives = Dice(ingredient.name, "negatives", self.seed, epoch, row).shuffled(group.negatives)[:wanted]
+        messages = (group.query, *positives, *negatives)
+        return _Pick(row, messages, len(positives), tuple(map(key, messages)), wanted - len(negatives))
+
+    def _sample(
+        self, place: tuple[int, int], rows: Iterator[tuple[int, int]], pick: _Pick, bad: list[str], taken: set[int]
+    ) -> Sample:
+        """The pick with its pictures decoded, or the next row where that fails."""
+        while True:
+            try:
+                examples = tuple(self.preparer.item(message, self.stage) for message in pick.messages)
+            except ContentError as error:
+                bad.append(error.reason)
+                pick, _ = self._pick(place, rows, taken, bad, _TRIES)
+                continue
+            name = self.mixture.ingredients[place[0]].name
+            return Sample(pick.row, name, examples, pick.positives, pick.keys, tuple(bad), pick.replaced, pick.duplicate, pick.missing)
+
+    def _exhausted(self, source: int, position: int, bad: list[str]) -> DataError:
+        name = self.mixture.ingredients[source].name
+        return DataError(f"the row at place {position} of source {name!r} and its {len(bad) - 1} reserves are all bad: {bad[:3]}")
 
 
-def batches(data: StageData, size: int, workers: int) -> Iterator[list[Sample]]:
-    """Lists of `size` samples; the same for any number of worker processes."""
-    return iter(DataLoader(data, batch_size=size, shuffle=False, drop_last=True, num_workers=workers, collate_fn=list))
+def batches(data: StageData, first: int, last: int, workers: int) -> Iterator[list[Sample]]:
+    """The samples of steps first..last-1; the same for any number of worker processes, and from wherever it starts."""
+    # Without a generator of its own a loader draws from torch's global one, and a resumed run would go on with other random numbers.
+    pack = Parcel.packed if workers else list
+    loader = DataLoader(
+        data, batch_size=None, sampler=range(first, last), num_workers=workers, collate_fn=pack, generator=torch.Generator()
+    )
+    try:
+        for part in loader:
+            yield part.opened() if isinstance(part, Parcel) else part
+    except (OSError, EOFError) as error:
+        # What a worker raised names it; without that, its shared memory could not be opened, because it is dead.
+        if not workers or "DataLoader worker" in str(error):
+            raise
+        raise RuntimeError(f"DataLoader worker is gone: {error!r}") from error
