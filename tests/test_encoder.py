@@ -17,6 +17,7 @@ from comatch.encoder import Encoder
 from comatch.errors import ContentError, ModelError
 from comatch.recipe import Recipe
 from comatch.recipes import load_recipe
+from comatch.render import Renderer
 
 Folders = Callable[[str], Path]
 COMA = load_recipe("coma").with_tokens(4)
@@ -90,6 +91,21 @@ def test_pictures_are_never_cut(encoder: Encoder) -> None:
     dialogue = Dialogue(as_message(scene(0, 0).draw()), tuple(("what is it? " * 20, "a red circle " * 10) for _ in range(9)))
     example = encoder.preparer.dialogue(dialogue, COMA.stage("compress"))
     assert len(example) <= 512 and example.cut > 0 and example.supervised > 0
+
+
+def test_turns_that_do_not_fit_are_dropped_from_the_end(encoder: Encoder) -> None:
+    """No later turn is kept once one was dropped, though it would fit: it may refer to what was dropped."""
+    stage, mine = COMA.stage("compress"), encoder.preparer.renderer
+    wide = Renderer(mine.tokenizer, mine.recipe, mine.image_tokens, mine.compression[0], window=10_000)
+    short, long = ("what is it?", "a red circle"), ("and what else? " * 60, "a blue star " * 60)
+    for kept, dropped in (((short,) * 2, (long,)), ((short,) * 2, (long, short)), ((short,) * 3, (long, long, short)), ((short,), ())):
+        cut, alone, whole = (
+            renderer.dialogue(Dialogue(as_message("a scene"), turns), stage)
+            for renderer, turns in ((mine, kept + dropped), (mine, kept), (wide, kept + dropped))
+        )
+        assert (cut.ids, cut.roles, cut.supervised) == (alone.ids, alone.roles, alone.supervised) and alone.cut == whole.cut == 0
+        assert cut.ids == whole.ids[: len(cut.ids)] and cut.cut == len(whole.ids) - len(cut.ids)
+        assert (cut.cut > 0) == bool(dropped)
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -18,28 +17,32 @@ from safetensors.torch import load_file, save_file
 
 from comatch.backbones import adapters
 from comatch.backbones.base import Backbone
-from comatch.backbones.registry import read_json, resolve
-from comatch.content import as_message
+from comatch.backbones.registry import resolve
+from comatch.backbones.store import DiskStore, Memory
+from comatch.card import CARD, FORMAT, brief, read_card, resolve_any, run_result, settings_of, write_json
 from comatch.core.batch import Example
-from comatch.core.packing import budget, collate
-from comatch.core.pooling import pool
+from comatch.core.fingerprint import Fingerprint
+from comatch.core.memory import Passes
+from comatch.core.packing import collate
+from comatch.core.pooling import pool, pooled
 from comatch.data.images import ImageSettings
 from comatch.errors import ContentError, ModelError
-from comatch.prepare import Preparer
-from comatch.recipe import Recipe, Stage
+from comatch.objectives.contrastive import CELLS
+from comatch.objectives.contrastive import similarity as maxsim
+from comatch.prepare import Ahead, Preparer, distinct, side_by_side, tell_work, threads
+from comatch.recipe import Recipe, Stage, check_vectors
 from comatch.render import Renderer
 
-CARD = "comatch.json"
 ROWS = "compression.safetensors"
-FORMAT = 1
 WINDOW = 8192
 CHUNK = 512
+MEMORY = 2**29
 
 
 class Encoded(NamedTuple):
     """A stretch of a stream.
 
-    ids, vectors   of the good items, in order; float32 [n, dim]
+    ids, vectors   of the good items, in order; float32 as by `encode`
     bad            (position, id, reason) of the others
     cut            ids of those whose text was longer than the window
     """
@@ -62,6 +65,8 @@ class Encoder:
         window = min(backbone.window, WINDOW)
         renderer = Renderer(backbone.tokenizer, recipe, self.images.tokens, backbone.first_token, window)
         self.preparer = Preparer(renderer, self.images)
+        self._fingerprint = Fingerprint()
+        self._in_passes = Passes()
 
     @classmethod
     def load(
@@ -77,8 +82,8 @@ class Encoder:
 
         Raises ModelError where weights do not fit, the run is unfinished, or `recipe` differs from the one the model was trained with.
         """
-        folder = _run_result(resolve_any(name, revision))
-        card = _read_card(folder)
+        folder = run_result(resolve_any(name, revision))
+        card = read_card(folder)
         if card is None:
             if recipe is None:
                 raise ModelError(
@@ -87,9 +92,9 @@ class Encoder:
                 )
             encoder = cls(Backbone.load(folder, recipe, dtype=dtype), recipe)
         else:
-            saved, images = _settings(folder, card)
+            saved, images = settings_of(folder, card)
             if recipe is not None and recipe != saved:
-                raise ModelError(f"{name} was trained as {_brief(saved)}, asked for {_brief(recipe)}; leave the recipe out, or train again")
+                raise ModelError(f"{name} was trained as {brief(saved)}, asked for {brief(recipe)}; leave the recipe out, or train again")
             base = folder if card["base"] is None else resolve(card["base"])
             as_saved = dtype == "auto"
             backbone = Backbone.load(base, saved, dtype=card.get("dtype", dtype) if as_saved else dtype)
@@ -120,78 +125,112 @@ class Encoder:
     def fingerprint(self) -> str:
         """A hash of weights, vocabulary, recipe and image settings. Vectors of different fingerprints never mix."""
         self.backbone.publish_rows()
-        digest = hashlib.blake2b(digest_size=16)
-        digest.update(self.recipe.to_json().encode())
-        digest.update(json.dumps(dict(self.images.to_dict()), sort_keys=True).encode())
-        digest.update(json.dumps(self.backbone.tokenizer.get_vocab(), sort_keys=True).encode())
-        for key, tensor in sorted(self.backbone.state_dict().items()):
-            digest.update(f"{key}{tensor.dtype}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        settings = [self.recipe.to_dict(), dict(self.images.to_dict()), self.backbone.tokenizer.get_vocab()]
+        return self._fingerprint.of([json.dumps(part, sort_keys=True) for part in settings], self.backbone.state_dict())
 
     def encode(
         self,
         items: Sequence[Any] | Any,
         *,
         dim: int | None = None,
+        vectors: int = 1,
         batch_tokens: int = 8192,
         on_error: str = "raise",
         progress: Callable[[int], None] | None = None,
+        workers: int | None = None,
+        tally: Counter[str] | None = None,
     ) -> Any:
         """Vectors of items, in the order given.
 
         items: anything `as_message` reads; a single item that is not a list gives one row. dim: keep the first `dim`
-        numbers and normalise again. batch_tokens: tokens in one forward pass. on_error: "raise" stops at the first
-        bad item with a ContentError that names its position; "mark" leaves a zero row and returns (vectors,
-        {position: reason}). progress: called with the number of items done. Returns float32 [n, dim] of unit length.
+        numbers and normalise again. vectors: how many an item gets, the means of that many groups of compression tokens;
+        compare them by `similarity`. batch_tokens: tokens in one forward pass, halved once where memory runs out.
+        on_error: "raise" stops at the first bad item with a ContentError that names its position; "mark" leaves a zero row
+        and returns (vectors, {position: reason}). progress: called with the number of items done. workers: threads that
+        decode pictures (None: one a core). tally: gets the work done, see `tell_work`. Returns float32 [n, dim] of unit
+        length, or [n, vectors, dim] for more than one. Equal items are encoded once, and a picture that several items show
+        runs through the vision tower once.
         """
         if on_error not in ("raise", "mark"):
             raise ContentError(f"on_error is {on_error!r}; allowed: 'raise', 'mark'")
+        check_vectors(vectors, self.stage.pooling, self.recipe.tokens)
         many = list(items) if isinstance(items, list | tuple) else [items]
-        examples, errors = self._prepare(many, on_error)
+        with threads(workers) as pool:
+            examples, errors = Ahead(self.preparer, many, self.stage, pool).examples(stop=on_error == "raise")
+        if tally is not None:
+            tell_work(examples, tally)
         if cut := [i for i, example in examples.items() if example.cut]:
             told = f"text of {len(cut)} items was longer than the window and was cut: items {cut[:10]}"
             warnings.warn(told, stacklevel=2)
-        vectors = self._vectors(examples, len(many), dim, batch_tokens, progress)
-        return vectors if on_error == "raise" else (vectors, errors)
+        found = self._vectors(examples, len(many), dim, vectors, batch_tokens, progress)
+        return found if on_error == "raise" else (found, errors)
 
     def stream(
         self,
         items: Iterable[tuple[str, Any]],
         *,
         dim: int | None = None,
+        vectors: int = 1,
         batch_tokens: int = 8192,
         on_error: str = "raise",
         chunk: int = CHUNK,
         progress: Callable[[int], None] | None = None,
+        workers: int | None = None,
     ) -> Iterator[Encoded]:
-        """Vectors of any number of (id, item) pairs, `chunk` of them in memory at a time.
+        """Vectors of any number of (id, item) pairs, `chunk` of them at a time, while the pictures of the next `chunk` are decoded.
 
         Each stretch equals `encode` of its items to the bit. on_error: "raise" stops with a ContentError that
         names id and position; "mark" goes on and lists the bad in the stretch.
         """
+        check_vectors(vectors, self.stage.pooling, self.recipe.tokens)
         rows, position = iter(items), 0
-        while some := list(islice(rows, chunk)):
-            examples, errors = self._prepare([item for _, item in some], "mark")
-            bad = [(position + i, some[i][0], reason) for i, reason in errors.items()]
-            if bad and on_error == "raise":
-                raise ContentError(f"{bad[0][1]!r}: {bad[0][2]}", bad[0][0])
-            vectors = self._vectors(examples, len(some), dim, batch_tokens, progress)[list(examples)]
-            cut = [some[i][0] for i, example in examples.items() if example.cut]
-            yield Encoded([some[i][0] for i in examples], vectors, bad, cut)
-            position += len(some)
+        with threads(workers) as pool:
+            stretches = (
+                ([id for id, _ in some], Ahead(self.preparer, [item for _, item in some], self.stage, pool))
+                for some in iter(lambda: list(islice(rows, chunk)), [])
+            )
+            following = next(stretches, None)
+            while following is not None:
+                (ids, ahead), following = following, next(stretches, None)
+                examples, errors = ahead.examples(stop=False)
+                bad = [(position + i, ids[i], reason) for i, reason in errors.items()]
+                if bad and on_error == "raise":
+                    raise ContentError(f"{bad[0][1]!r}: {bad[0][2]}", bad[0][0])
+                found = self._vectors(examples, len(ids), dim, vectors, batch_tokens, progress)[list(examples)]
+                cut = [ids[i] for i, example in examples.items() if example.cut]
+                yield Encoded([ids[i] for i in examples], found, bad, cut)
+                position += len(ids)
+
+    def keep_features(self, folder: str | Path, *, max_bytes: int, dtype: torch.dtype | None = None) -> DiskStore:
+        """From now on keep what the vision tower makes of pictures in a folder, and take it from there.
+
+        max_bytes: the last used stay. dtype: None keeps what the tower gives, so that no vector changes; bfloat16 halves float32.
+        """
+        self.preparer.named = True
+        return self.backbone.keep_features(folder, max_bytes=max_bytes, dtype=dtype)
 
     @torch.no_grad()
-    def forward(self, examples: Sequence[Example]) -> torch.Tensor:
-        """Unit vectors [n, dim] of prepared examples, in one pass."""
+    def forward(self, examples: Sequence[Example], memory: Memory | None = None, vectors: int = 1) -> torch.Tensor:
+        """Unit vectors of prepared examples, in one pass, shaped as by `encode`. `memory`: features of named pictures between passes."""
         batch = collate(examples).to(self.backbone.device)
-        hidden = self.backbone(batch, self.stage.visibility)
-        return pool(hidden, batch.roles, batch.example, batch.size, self.stage.pooling or "")
+        hidden = self.backbone(batch, self.stage.visibility, self.backbone.see(batch, memory), pooled(batch.roles, self.stage.pooling))
+        return pool(hidden, batch.roles, batch.example, batch.size, self.stage.pooling or "", vectors)
 
     def similarity(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Cosine of every row of a [n, dim] with every row of b [m, dim]: float32 [n, m]."""
-        product: np.ndarray = np.atleast_2d(a) @ np.atleast_2d(b).T
-        return product
+        """Cosine of every row of a [n, dim] with every row of b [m, dim]: float32 [n, m].
+
+        For [n, v, dim] and [m, w, dim] MaxSim: the mean over a's vectors of the best cosine with one of b's, so a is the query's side.
+        Raises ContentError where one side has several vectors an item and the other one.
+        """
+        a, b = np.atleast_2d(a), np.atleast_2d(b)
+        if a.ndim != b.ndim or a.shape[-1] != b.shape[-1]:
+            raise ContentError(f"vectors of shape {a.shape} and {b.shape} do not compare; give both sides the same vectors= and dim=")
+        if a.ndim == 2:
+            product: np.ndarray = a @ b.T
+            return product
+        some = max(1, CELLS // (a.shape[1] * b.shape[0] * b.shape[1]))
+        parts = [maxsim(torch.from_numpy(a[i : i + some]), torch.from_numpy(b)).numpy() for i in range(0, len(a), some)]
+        return np.concatenate(parts) if parts else np.zeros((0, len(b)), np.float32)
 
     def save(self, path: str | Path, *, merged: bool = True) -> Path:
         """Write a folder that loads again here, and in transformers where `merged` (an adapter is then folded in for good).
@@ -226,46 +265,38 @@ class Encoder:
         write_json(folder / CARD, card)
         return folder
 
-    def _prepare(self, items: list[Any], on_error: str) -> tuple[dict[int, Example], dict[int, str]]:
-        examples: dict[int, Example] = {}
-        errors: dict[int, str] = {}
-        for i, item in enumerate(items):
-            try:
-                if isinstance(item, ContentError):
-                    raise item
-                examples[i] = self.preparer.item(as_message(item), self.stage)
-            except ContentError as error:
-                if on_error == "raise":
-                    raise error.at(i) from error
-                errors[i] = error.reason
-        return examples, errors
-
     def _vectors(
         self,
         examples: dict[int, Example],
         n: int,
         dim: int | None,
+        each: int,
         batch_tokens: int,
         progress: Callable[[int], None] | None,
     ) -> np.ndarray:
         if dim is not None and not 0 < dim <= self.dim:
             raise ContentError(f"dim is {dim}; this model's vectors have {self.dim} numbers, pass 1 to {self.dim}")
-        vectors = np.zeros((n, self.dim), dtype=np.float32)
-        order = sorted(examples, key=lambda i: len(examples[i]))
-        for chosen in budget([len(examples[i]) for i in order], batch_tokens):
-            places = [order[i] for i in chosen]
-            vectors[places] = self.forward([examples[i] for i in places]).cpu().numpy()
+        vectors = np.zeros((n, self.dim) if each == 1 else (n, each, self.dim), dtype=np.float32)
+        memory, same = Memory(MEMORY), distinct(examples)
+        prepared = [examples[places[0]] for places in same]
+
+        def forward(chosen: list[int]) -> None:
+            done = self.forward([prepared[i] for i in chosen], memory, each).cpu().numpy()
+            for i, vector in zip(chosen, done, strict=True):
+                vectors[same[i]] = vector
             if progress:
-                progress(len(places))
-        bad = [i for i in examples if not np.isfinite(vectors[i]).all() or not vectors[i].any()]
+                progress(sum(len(same[i]) for i in chosen))
+
+        self._in_passes.run([len(example) for example in prepared], side_by_side(prepared), batch_tokens, forward)
+        bad = [i for i in examples if not np.isfinite(vectors[i]).all() or not vectors[i].any(-1).all()]
         if bad:
             raise ModelError(
                 f"items {bad[:10]} got vectors with NaN or only zeros; the weights are damaged or overflow in "
                 f"{self.backbone.stock.dtype}"
             )
         if dim is not None and dim < self.dim:  # to cut nothing changes no bit
-            vectors = vectors[:, :dim]
-            vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+            vectors = vectors[..., :dim]
+            vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
         return vectors
 
     def _load_trained(self, folder: Path, card: dict[str, Any]) -> None:
@@ -281,63 +312,6 @@ class Encoder:
                 f"{tuple(self.backbone.rows.shape)} from token {self.backbone.first_token} on; the folder mixes files of two models"
             )
         self.backbone.rows.data = rows
-
-
-def resolve_any(name: str | Path, revision: str | None = None) -> Path:
-    """Like `resolve`, but a run folder or an adapter folder, which hold no model of their own, also pass."""
-    folder = Path(name)
-    if (folder / CARD).is_file() or (folder / "manifest.json").is_file():
-        return folder
-    return resolve(name, revision)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON beside the target and rename, so that a reader never sees half a file."""
-    aside = path.with_name(path.name + ".tmp")
-    with open(aside, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, sort_keys=True, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-
-
-def _run_result(folder: Path) -> Path:
-    manifest = folder / "manifest.json"
-    if not manifest.is_file() or (folder / CARD).is_file():
-        return folder
-    record = read_json(manifest)
-    if record.get("status") != "complete":
-        raise ModelError(
-            f"{folder} is a half-written run (status {record.get('status')!r}); finish it with comatch train, or name "
-            f"one of its stages: {record.get('done')}"
-        )
-    if not record.get("done"):
-        raise ModelError(f"{manifest} names no finished stage; train again")
-    return folder / str(record["done"][-1])
-
-
-def _read_card(folder: Path) -> dict[str, Any] | None:
-    path = folder / CARD
-    if not path.is_file():
-        return None
-    card = read_json(path)
-    if card.get("format") != FORMAT:
-        raise ModelError(f"{path} has format {card.get('format')!r}, this version reads {FORMAT}; upgrade comatch")
-    return card
-
-
-def _settings(folder: Path, card: dict[str, Any]) -> tuple[Recipe, ImageSettings]:
-    try:
-        listed: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in card["images"].items()}
-        _ = card["base"], card["first_token"], card["fingerprint"]
-        return Recipe.from_dict(card["recipe"]), ImageSettings(**listed)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{folder / CARD} is damaged ({error!r}); save or fetch the model again") from error
-
-
-def _brief(recipe: Recipe) -> str:
-    stage = recipe.encoding
-    return f"recipe {recipe.name!r} with tokens={recipe.tokens}, pooling={stage.pooling if stage else None!r}"
 
 
 def _default_device() -> str:

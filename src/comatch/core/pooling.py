@@ -1,4 +1,4 @@
-"""Hidden states to one unit vector per example."""
+"""Hidden states to one unit vector per example, or to several."""
 
 from __future__ import annotations
 
@@ -8,11 +8,23 @@ import torch.nn.functional as F
 from comatch.core.batch import ROLE_ID
 
 
-def pool(hidden: torch.Tensor, roles: torch.Tensor, example: torch.Tensor, size: int, how: str) -> torch.Tensor:
+def pool(hidden: torch.Tensor, roles: torch.Tensor, example: torch.Tensor, size: int, how: str, vectors: int = 1) -> torch.Tensor:
     """Pool the states of each example and normalise (specs/coma.md 1.4).
 
     hidden: [rows, seq, dim]. roles, example: [rows, seq], -1 on padding. how: one of `comatch.recipe.POOLINGS`.
-    Returns float32 [size, dim] of unit length. Sums run in float32, because a mean in bf16 loses digits.
+    Returns float32 [size, dim] of unit length, or [size, vectors, dim] for more than one.
+    """
+    means = group_means(hidden, roles, example, size, how, vectors)
+    return F.normalize(means if vectors > 1 else means.squeeze(1), dim=-1)
+
+
+def group_means(hidden: torch.Tensor, roles: torch.Tensor, example: torch.Tensor, size: int, how: str, groups: int = 1) -> torch.Tensor:
+    """Pool the chosen states of each example in `groups` consecutive groups of equal size, without normalising.
+
+    Arguments as in `pool`; groups above 1 are for "mean_compression" and divide the
+    compression tokens (`comatch.recipe.check_vectors`).
+    Means of equal groups average to the mean of their union, so one tensor holds every coarser pooling.
+    Returns float32 [size, groups, dim]. Sums run in float32, because a mean in bf16 loses digits.
     """
     chosen = example >= 0
     if how.endswith("compression"):
@@ -21,8 +33,19 @@ def pool(hidden: torch.Tensor, roles: torch.Tensor, example: torch.Tensor, size:
     if how.startswith("last"):
         flat = torch.arange(chosen.numel(), device=hidden.device).view_as(chosen)[chosen]
         last = torch.full((size,), -1, dtype=flat.dtype, device=hidden.device).scatter_reduce(0, owner, flat, "amax")
-        return F.normalize(hidden.flatten(0, 1)[last].float(), dim=-1)
-    total = torch.zeros(size, hidden.shape[-1], dtype=torch.float32, device=hidden.device)
+        return hidden.flatten(0, 1)[last].float().unsqueeze(1)
+    count = torch.bincount(owner, minlength=size)
+    if groups > 1:
+        # The tokens of an example stand together, in order.
+        places = torch.arange(len(owner), device=owner.device)
+        start = torch.full((size,), len(owner), device=owner.device).scatter_reduce(0, owner, places, "amin")
+        owner = owner * groups + (places - start[owner]) * groups // count[owner]
+        count = torch.bincount(owner, minlength=size * groups)
+    total = torch.zeros(size * groups, hidden.shape[-1], dtype=torch.float32, device=hidden.device)
     total = total.index_add(0, owner, hidden[chosen].float())
-    count = torch.bincount(owner, minlength=size).unsqueeze(1)
-    return F.normalize(total / count, dim=-1)
+    return (total / count.unsqueeze(1)).view(size, groups, -1)
+
+
+def pooled(roles: torch.Tensor, how: str | None) -> torch.Tensor | None:
+    """Which states a pooling reads: bool like `roles` [rows, seq], or None where it may be any."""
+    return roles == ROLE_ID["compression"] if how and how.endswith("compression") else None

@@ -2,6 +2,9 @@
 
 The reference averages within a sample and then over samples (specs/coma.md 3.1), so a long answer does not outweigh a short one;
 packing must not change that, which is why the owner of each token is an argument.
+
+Logits are the largest tensors of training: 150,000 float32 numbers a token. They are made in chunks, and of all chunks only the last
+keeps its own until the backward pass, which reads it first; the others are made again there.
 """
 
 from __future__ import annotations
@@ -10,32 +13,49 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+IGNORE = -100
+ROWS = 128
+"""The head sees a multiple of this many rows: few shapes, so that kernels and their caches are used again."""
+
+CHUNK = 2048
+"""Rows of one call of the head; it bounds memory and changes no result."""
+
+Head = Callable[[torch.Tensor], torch.Tensor]
 
 
 def next_token(
-    hidden: torch.Tensor,
-    labels: torch.Tensor,
-    example: torch.Tensor,
-    size: int,
-    head: Callable[[torch.Tensor], torch.Tensor],
-    chunk: int = 4096,
+    hidden: torch.Tensor, labels: torch.Tensor, example: torch.Tensor, size: int, head: Head, chunk: int = CHUNK
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy of each example, averaged over its supervised tokens.
 
     hidden: [rows, seq, dim]. labels: [rows, seq], the token to predict from each place, negative for none. example: [rows, seq].
-    head: [n, dim] -> [n, vocabulary]. Returns (loss [size] float32, 0 where nothing is supervised; [2] = tokens
-    predicted right, tokens).
+    head: [n, dim] -> [n, vocabulary], a frozen one gets no gradient of its weight. chunk: rows of one call of the head, a multiple of
+    128. Returns (loss [size] in float32 or better, 0 where nothing is supervised; [2] = tokens predicted right, tokens).
     """
-    chosen = labels >= 0
-    states, targets, owner = hidden[chosen], labels[chosen], example[chosen]
+    place = (labels >= 0).flatten().nonzero().squeeze(1)
+    count = torch.bincount(example.flatten()[place], minlength=size)
+    spare = -len(place) % ROWS if len(place) else ROWS  # a batch without labels still reaches the weights, with zeros
+    targets = F.pad(labels.flatten()[place], (0, spare), value=IGNORE)
+    place = F.pad(place, (0, spare))
+    states = hidden.flatten(0, 1)[place]
     losses, right = [], torch.zeros((), dtype=torch.long, device=hidden.device)
-    for start in range(0, len(targets), chunk):
-        part = slice(start, start + chunk)
-        logits = head(states[part]).float()
-        losses.append(F.cross_entropy(logits, targets[part], reduction="none"))
-        right = right + (logits.detach().argmax(-1) == targets[part]).sum()
-    total = torch.zeros(size, dtype=torch.float32, device=hidden.device)
-    if losses:
-        total = total.index_add(0, owner, torch.cat(losses))
-    count = torch.bincount(owner, minlength=size)
-    return total / count.clamp(min=1), torch.stack([right, chosen.sum()])
+    for start in range(0, len(place), chunk):
+        part = states[start : start + chunk], targets[start : start + chunk]
+        if start + chunk < len(place):
+            loss, hits = checkpoint(_cross_entropy, head, *part, use_reentrant=False, preserve_rng_state=False)
+        else:
+            loss, hits = _cross_entropy(head, *part)
+        losses.append(loss)
+        right = right + hits
+    each = torch.cat(losses)
+    total = each.new_zeros(size).index_add(0, example.flatten()[place].clamp(min=0), each)
+    return total / count.clamp(min=1), torch.stack([right, count.sum()])
+
+
+def _cross_entropy(head: Head, states: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss of each row [n], and how many rows have their target first."""
+    logits = head(states)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORE), (logits.detach().argmax(-1) == targets).sum()

@@ -1,64 +1,76 @@
 """One optimiser step of each objective, under a token budget per forward pass.
 
 The contrastive step is exact at any batch size: vectors first, one loss over all of them and all ranks, then each pass again with
-its cached gradients (GradCache, arXiv 2101.06983). A batch that fits one pass keeps its graph and runs once.
+its cached gradients (GradCache, arXiv 2101.06983). The graph of the last passes is kept, so those run once; a batch that fits one
+pass is an ordinary step.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from comatch.backbones.base import Vision
-from comatch.core.batch import Batch, Example
-from comatch.core.packing import budget, collate
-from comatch.core.pooling import pool
-from comatch.errors import TrainingError
-from comatch.objectives.contrastive import info_nce
+from comatch.backbones.base import Backbone, Vision
+from comatch.config import StageRun
+from comatch.core.batch import Example
+from comatch.core.pooling import group_means, pooled
+from comatch.errors import ConfigError, TrainingError
+from comatch.objectives.contrastive import Pairing, info_nce
+from comatch.objectives.temperature import Temperature
 from comatch.objectives.tokens import next_token
-from comatch.recipe import Stage
+from comatch.recipe import Stage, check_vectors
+from comatch.training.loader import Sample
+from comatch.training.passes import Pass, no_sync, open_methods, plan_passes, run_backward
+
+_QUERY, _POSITIVE, _NEGATIVE = range(3)
 
 
 @dataclass(frozen=True)
 class StepResult:
     """What one step did.
 
-    loss, accuracy (next tokens predicted right, or queries whose target ranks first) are of all ranks; examples, tokens of this one.
+    loss, accuracy (next tokens predicted right, or positives that rank first) are of all ranks; examples, tokens of this one.
+    repeated: share of all ranks' items that equal another of their rank and were not encoded again. temperature: of a contrastive loss.
     """
 
     loss: float
     accuracy: float
     examples: int
     tokens: int
-
-
-def passes(examples: Sequence[Example], tokens: int) -> list[list[int]]:
-    """Group examples of like length into passes of at most `tokens` tokens; returns indices."""
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
-    return [[order[i] for i in group] for group in budget([len(examples[i]) for i in order], tokens)]
+    repeated: float = 0.0
+    temperature: float | None = None
 
 
 def token_step(
-    accelerator: Accelerator, model: nn.Module, examples: Sequence[Example], stage: Stage, tokens: int, global_size: int
+    accelerator: Accelerator,
+    model: nn.Module,
+    examples: Sequence[Example],
+    stage: Stage,
+    tokens: int,
+    global_size: int,
+    patches: int | None = None,
 ) -> StepResult:
     """Forward and backward of next-token prediction over this rank's examples; gradients are those of the global mean."""
-    groups = passes(examples, tokens)
-    sums = torch.zeros(3, device=accelerator.device)
     backbone = accelerator.unwrap_model(model)
+    planned = plan_passes(accelerator, backbone, examples, tokens, patches)
+    sums = torch.zeros(3, device=accelerator.device)
     scale = accelerator.num_processes * stage.objectives["next_token"] / global_size
-    for i, group in enumerate(groups):
-        batch = collate([examples[j] for j in group]).to(accelerator.device)
-        with _sync(accelerator, model, last=i == len(groups) - 1), accelerator.autocast():
-            hidden = model(batch, stage.visibility)
+    for i, part in reversed(list(enumerate(planned))):
+        batch, real = part.batch, bool(part.members)
+        with no_sync(accelerator, model), accelerator.autocast():
+            hidden = model(batch, stage.visibility, read=batch.labels >= 0)
             losses, hits = next_token(hidden, batch.labels, batch.example, batch.size, backbone.head)
             check_finite(losses, "loss")
-            accelerator.backward(losses.sum() * scale)
-        sums += torch.cat([losses.detach().sum()[None], hits])
+        run_backward(accelerator, model, losses.sum() * scale * real, last=i == 0)
+        if real:
+            sums += torch.cat([losses.detach().sum()[None], hits])
     loss, right, supervised = accelerator.reduce(sums, "sum").tolist()
     return StepResult(loss / global_size, right / max(supervised, 1), len(examples), sum(map(len, examples)))
 
@@ -66,43 +78,45 @@ def token_step(
 def contrastive_step(
     accelerator: Accelerator,
     model: nn.Module,
-    queries: Sequence[Example],
-    targets: Sequence[Example],
+    samples: Sequence[Sample],
     stage: Stage,
-    tokens: int,
+    run: StageRun,
     *,
-    temperature: float,
-    symmetric: bool,
     seed: int,
+    temperature: Temperature | None = None,
+    guide: torch.Tensor | None = None,
 ) -> StepResult:
-    """Forward and backward of InfoNCE over all ranks' pairs. queries[i] belongs to targets[i]; seed fixes dropout in both passes."""
-    examples = [*queries, *targets]
-    groups = passes(examples, tokens)
-    batches = [collate([examples[j] for j in group]).to(accelerator.device) for group in groups]
+    """Forward and backward of the contrastive loss over all ranks' samples; gradients are those of the one global loss.
+
+    samples: this rank's, with any number of positives and negatives each. seed: fixes dropout in both passes. temperature: the run's, where
+    it is learned; its gradient is set here. guide: unit vectors [items, dim] by another model, of every sample's examples in turn.
+    Raises TrainingError where a vector or the loss is not finite (on every rank), ConfigError where the loss does not fit the model.
+    """
     backbone = accelerator.unwrap_model(model)
-    frozen = not any(p.requires_grad for p in backbone.vision_tower.parameters())
-    single = len(batches) == 1
-    vectors: torch.Tensor | None = None
-    seen: list[Vision | None] = []
-    parts = []
-    for i, batch in enumerate(batches):
-        with torch.set_grad_enabled(single), _dropout(seed + i), accelerator.autocast():
-            with torch.no_grad():
-                seen.append(backbone.see(batch) if frozen else None)
-            parts.append(_vectors(model, batch, stage, seen[i]))
-    order = torch.tensor([j for group in groups for j in group], device=accelerator.device)
-    vectors = torch.cat(parts)[torch.argsort(order)]
-    check_finite(vectors, "vectors")
-    gradient, loss, accuracy = _loss(accelerator, vectors.detach(), len(queries), temperature, symmetric)
-    gradient = gradient * stage.objectives["contrastive"]
-    if single:
-        accelerator.backward((vectors * gradient).sum())
-    else:
-        for i, (group, batch) in enumerate(zip(groups, batches, strict=True)):
-            with _sync(accelerator, model, last=i == len(groups) - 1), _dropout(seed + i), accelerator.autocast():
-                again = _vectors(model, batch, stage, seen[i])
-                accelerator.backward((again * gradient[group]).sum())
-    return StepResult(loss, accuracy, len(queries), sum(map(len, examples)))
+    _check(run, stage, backbone, samples, temperature)
+    examples = [example for sample in samples for example in sample.examples]
+    kinds, keys = _table(samples)
+    chosen, place = _distinct(keys, alone=_draws(backbone))
+    once = _Once(accelerator, model, stage, math.lcm(*run.loss.vectors), seed)
+    planned = plan_passes(accelerator, backbone, [examples[i] for i in chosen], run.tokens_per_pass, run.patches_per_pass)
+    kept: dict[int, torch.Tensor] = {}
+    found: list[torch.Tensor] = []
+    for i, part in enumerate(planned):
+        keep = i >= len(planned) - run.keep_passes
+        with torch.set_grad_enabled(keep):
+            means = once(i, part)
+        found.append(means.detach()[: len(part.members)])
+        if keep:
+            kept[i] = means
+    order = torch.tensor([j for part in planned for j in part.members], device=accelerator.device)
+    vectors = torch.cat(found)[torch.argsort(order)][place.to(accelerator.device)]
+    result, gradient = _loss(accelerator, vectors, kinds, keys, len(chosen), run, stage, temperature or Temperature(run.loss), guide)
+    merged = torch.zeros_like(gradient[: len(chosen)]).index_add_(0, place.to(gradient.device), gradient)
+    for i, part in reversed(list(enumerate(planned))):
+        means = kept.pop(i) if i in kept else once(i, part)
+        weights = merged[part.members] if part.members else torch.zeros_like(means)
+        run_backward(accelerator, model, (means * weights).sum(), last=i == 0)
+    return StepResult(tokens=sum(map(len, examples)), examples=len(samples), **result)
 
 
 def check_finite(value: torch.Tensor, what: str) -> None:
@@ -113,34 +127,123 @@ def check_finite(value: torch.Tensor, what: str) -> None:
         )
 
 
-def _vectors(model: nn.Module, batch: Batch, stage: Stage, vision: Vision | None) -> torch.Tensor:
-    hidden = model(batch, stage.visibility, vision)
-    return pool(hidden, batch.roles, batch.example, batch.size, stage.pooling or "")
+class _Once:
+    """Runs a pass to the pooled means of its items; again with equal dropout, and with the pictures' features of the first time."""
+
+    def __init__(self, accelerator: Accelerator, model: nn.Module, stage: Stage, groups: int, seed: int) -> None:
+        self.accelerator, self.model, self.stage, self.groups, self.seed = accelerator, model, stage, groups, seed
+        self.backbone: Backbone = accelerator.unwrap_model(model)
+        self.frozen = not self.backbone.vision_trains
+        self.seen: dict[int, Vision | None] = {}
+        open_methods(self.backbone)
+
+    def __call__(self, number: int, part: Pass) -> torch.Tensor:
+        """[items, groups, dim] float32."""
+        batch, seed = part.batch, [self.seed, self.accelerator.process_index, number]
+        with no_sync(self.accelerator, self.model), _dropout(seed, self.accelerator.device), self.accelerator.autocast():
+            if self.frozen and number not in self.seen:
+                with torch.no_grad():
+                    self.seen[number] = self.backbone.see(batch)
+            hidden = self.model(batch, self.stage.visibility, self.seen.get(number), pooled(batch.roles, self.stage.pooling))
+            return group_means(hidden, batch.roles, batch.example, batch.size, self.stage.pooling or "", self.groups)
+
+
+def _check(run: StageRun, stage: Stage, backbone: Backbone, samples: Sequence[Sample], temperature: Temperature | None) -> None:
+    if run.loss.learn_temperature and (temperature is None or temperature.log is None):
+        raise ConfigError("loss.learn_temperature is true, but the step got none to train; pass temperature=Temperature(run.loss)")
+    for count in run.loss.vectors:
+        check_vectors(count, stage.pooling, len(backbone.rows))
+    try:
+        run.loss.prefixes(backbone.dim)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if lone := [sample.row for sample in samples if not 0 < sample.positives < len(sample.examples)]:
+        raise TrainingError(f"rows {lone[:10]} have no positive, so there is nothing to match; give every query at least one")
+
+
+def _table(samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Kind and key of every item, in the order of the samples' examples; -1 for a key that is not known."""
+    kinds: list[int] = []
+    keys: list[int] = []
+    for sample in samples:
+        negatives = len(sample.examples) - 1 - sample.positives
+        kinds += [_QUERY, *[_POSITIVE] * sample.positives, *[_NEGATIVE] * negatives]
+        keys += sample.keys or [-1] * len(sample.examples)
+    return torch.tensor(kinds), torch.tensor(keys)
+
+
+def _distinct(keys: torch.Tensor, alone: bool) -> tuple[list[int], torch.Tensor]:
+    """The items to encode, one of each key, and for every item the place of its own among them. alone: encode every item."""
+    first: dict[int, int] = {}
+    chosen: list[int] = []
+    place: list[int] = []
+    for i, key in enumerate(keys.tolist()):
+        name = -1 - i if alone or key < 0 else key
+        if name not in first:
+            first[name] = len(chosen)
+            chosen.append(i)
+        place.append(first[name])
+    return chosen, torch.tensor(place)
+
+
+def _draws(backbone: Backbone) -> bool:
+    """Whether a forward pass is random, so that equal items get different vectors."""
+    rates = (m.p if isinstance(m, nn.Dropout) else getattr(m, "attention_dropout", 0.0) for m in backbone.modules() if m.training)
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
 def _loss(
-    accelerator: Accelerator, vectors: torch.Tensor, pairs: int, temperature: float, symmetric: bool
-) -> tuple[torch.Tensor, float, float]:
-    """Gradient of the global loss with respect to this rank's vectors [2 * pairs, dim], times the number of ranks (DDP averages)."""
-    q, t = accelerator.gather(vectors[:pairs].contiguous()), accelerator.gather(vectors[pairs:].contiguous())
-    q, t = q.requires_grad_(True), t.requires_grad_(True)
+    accelerator: Accelerator,
+    vectors: torch.Tensor,
+    kinds: torch.Tensor,
+    keys: torch.Tensor,
+    encoded: int,
+    run: StageRun,
+    stage: Stage,
+    temperature: Temperature,
+    guide: torch.Tensor | None,
+) -> tuple[dict[str, float], torch.Tensor]:
+    """Figures of the global loss, and its gradient by this rank's vectors, times the number of ranks (the later mean divides)."""
+    sizes = accelerator.gather(torch.tensor([[len(vectors), encoded]], device=accelerator.device))
+    counts = sizes[:, 0].tolist()
+    everything = _gather(accelerator, vectors, counts).requires_grad_(True)
+    check_finite(everything, "vectors")
+    kind, key = (_gather(accelerator, x.to(accelerator.device), counts) for x in (kinds, keys))
+    query = kind == _QUERY
+    # A sample's items stand together behind their query, so counting queries numbers the samples of all ranks.
+    pairing = Pairing((query.cumsum(0) - 1)[~query], kind[~query] == _POSITIVE, key[query], key[~query])
+    judge = None if guide is None else _gather(accelerator, guide.to(accelerator.device), counts)
+    weight = stage.objectives["contrastive"]
     with torch.enable_grad():
-        loss = info_nce(q, t, temperature, symmetric)
+        scale = temperature()
+        judges = None if judge is None else (judge[query], judge[~query])
+        loss, accuracy = info_nce(everything[query], everything[~query], pairing, run.loss, scale, judges)
     check_finite(loss, "loss")
-    grads = torch.autograd.grad(loss, [q, t])
-    mine = slice(accelerator.process_index * pairs, (accelerator.process_index + 1) * pairs)
-    first = (q.detach() @ t.detach().T).argmax(1) == torch.arange(len(q), device=q.device)
-    gradient = torch.cat([g[mine] for g in grads]) * accelerator.num_processes
-    return gradient, float(loss.detach()), float(first.float().mean())
+    learned = [] if temperature.log is None else [temperature.log]
+    gradient, *rest = torch.autograd.grad(loss * weight, [everything, *learned])
+    for parameter, slope in zip(learned, rest, strict=True):
+        parameter.grad = slope if parameter.grad is None else parameter.grad + slope
+    start = sum(counts[: accelerator.process_index])
+    figures = {
+        "loss": float(loss.detach()),
+        "accuracy": float(accuracy),
+        "repeated": 1 - float(sizes[:, 1].sum() / sizes[:, 0].sum()),
+        "temperature": float(torch.as_tensor(scale).detach()),
+    }
+    return figures, gradient[start : start + len(vectors)] * accelerator.num_processes
 
 
-def _sync(accelerator: Accelerator, model: nn.Module, last: bool) -> AbstractContextManager[object]:
-    return nullcontext() if last else accelerator.no_sync(model)
+def _gather(accelerator: Accelerator, rows: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    """All ranks' rows, one rank after the other; ranks may have unequal numbers of them."""
+    padded = rows.new_zeros((max(counts), *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    gathered: torch.Tensor = accelerator.gather(padded)
+    return torch.cat([part[:count] for part, count in zip(torch.split(gathered, max(counts)), counts, strict=True)])
 
 
 @contextmanager
-def _dropout(seed: int) -> Iterator[None]:
-    """Fix the random state inside the block and put it back after, so that both passes draw the same dropout."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+def _dropout(seed: Sequence[int], device: torch.device) -> Iterator[None]:
+    """Fix the random state inside the block by (step, rank, pass) and put it back after, so that both passes draw the same dropout."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]))
         yield
