@@ -1,29 +1,35 @@
-"""Encoding speed of comatch against the same model run the plain way, on the CPU.
+"""Encoding speed of comatch against sentence-transformers and against the same model run the plain way, on the CPU.
 
     python benchmarks/encode.py [--rounds 5] [--items 64] [--out benchmarks/results/encode.json] [--quick]
 
-Three ways from the same items (texts, pictures, pictures with text; pictures as JPEG bytes) to vectors, with the same weights:
+From items to vectors, with the same weights, in three kinds of work, pictures as JPEG bytes:
+
+    pictures   one picture an item
+    mixed      half texts, half pictures, some with a text
+    questions  eight questions about each picture
 
     comatch  Encoder.encode
+    st       sentence-transformers, its own modules and batch size (st_peer.py says how it is set up; pip install comatch[st])
     padded   stock transformers, batches of 8 in arrival order, padded, dense mask
     single   stock transformers, one item after the other
 
 The stock ways load what `Encoder.save` wrote with AutoModelForImageTextToText (stock SDPA, no head run), AutoTokenizer and
-Qwen2VLImageProcessorPil. All three run in turn, round after round, in one process. No ratio is given unless the vectors agree to a
-thousandth of what parts two items, nor where comatch's own spread from round to round would explain it.
+Qwen2VLImageProcessorPil. The recipe is CoMa with one compression token, because sentence-transformers can pool the last token but not a
+mean of some. All ways run in turn, round after round, in one process. No ratio is given unless the vectors agree to a thousandth of what
+parts two items, nor where comatch's own spread from round to round would explain it.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import json
-import os
-import platform
 import resource
-import time
+import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,6 +38,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from measure import RESULTS, compare, machine, ratio, told, write
 from PIL import Image as PILImage
 from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -44,9 +51,10 @@ from comatch.data.scenes import scene
 from comatch.encoder import Encoder
 from comatch.recipes import load_recipe
 
-ROOT = Path(__file__).resolve().parent.parent
-RECIPE = load_recipe("coma").with_tokens(8)
+RECIPE = load_recipe("coma").with_tokens(1)
 PADDED = 8
+ABOUT_ONE = 8
+KINDS = ("pictures", "mixed", "questions")
 Item = dict[str, Any]
 Way = Callable[[Sequence[Item]], np.ndarray]
 
@@ -54,12 +62,13 @@ Way = Callable[[Sequence[Item]], np.ndarray]
 class Stock:
     """The same model as a person would run it without comatch."""
 
-    def __init__(self, folder: Path) -> None:
-        self.model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="sdpa").eval()
+    def __init__(self, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        self.model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="sdpa", dtype=dtype).eval().to(device)
         self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
         self.processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-        self.tail = "".join(RECIPE.token_name.format(i) for i in range(RECIPE.tokens))
-        self.compression = torch.tensor(self.tokenizer.convert_tokens_to_ids([RECIPE.token_name.format(i) for i in range(RECIPE.tokens)]))
+        names = [RECIPE.token_name.format(i) for i in range(RECIPE.tokens)]
+        self.tail = "".join(names)
+        self.compression = torch.tensor(self.tokenizer.convert_tokens_to_ids(names), device=device)
 
     def encode(self, items: Sequence[Item], size: int) -> np.ndarray:
         """Unit vectors, `size` items at a time in the order given."""
@@ -72,14 +81,14 @@ class Stock:
         seen = dict(self.processor(images=pictures, return_tensors="pt")) if pictures else {}
         grids = iter(seen.get("image_grid_thw", ()))
         texts = [self.text(item, grids) for item in items]
-        told = self.tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False)
-        ids = told["input_ids"]
-        kinds = (ids == self.model.config.image_token_id).int()
-        inputs = {"input_ids": ids, "attention_mask": told["attention_mask"], "mm_token_type_ids": kinds, **seen}
+        tokens = self.tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False)
+        inputs = {name: x.to(self.model.device) for name, x in (dict(tokens) | seen).items()}
+        ids = inputs["input_ids"]
+        inputs["mm_token_type_ids"] = (ids == self.model.config.image_token_id).int()
         hidden = self.model.model(**inputs, use_cache=False).last_hidden_state
         chosen = torch.isin(ids, self.compression)
         states = hidden[chosen].view(len(items), RECIPE.tokens, -1)
-        vectors: np.ndarray = F.normalize(states.mean(1), dim=-1).numpy()
+        vectors: np.ndarray = F.normalize(states.float().mean(1), dim=-1).cpu().numpy()
         return vectors
 
     def text(self, item: Item, grids: Any) -> str:
@@ -93,21 +102,32 @@ class Stock:
         return "".join(parts) + self.tail
 
 
-def make_items(n: int, sides: tuple[int, int]) -> list[Item]:
-    """Texts of several lengths, pictures with longer sides within `sides`, and both together, in a fixed shuffled order."""
+def picture(number: int, sides: tuple[int, int], dice: np.random.Generator) -> bytes:
+    """A JPEG of a scene whose longer side lies within `sides`."""
+    side = int(dice.integers(sides[0], sides[1] + 1))
+    other = int(side * dice.uniform(0.5, 1))
+    size = (side, other) if number % 4 == 1 else (other, side)
+    stream = io.BytesIO()
+    PILImage.fromarray(scene(9, number).draw()).resize(size, PILImage.Resampling.BICUBIC).save(stream, "JPEG", quality=90)
+    return stream.getvalue()
+
+
+def make_items(n: int, sides: tuple[int, int], kind: str = "mixed") -> list[Item]:
+    """Items of one kind of work, in a fixed shuffled order."""
     dice = np.random.default_rng(0)
     items: list[Item] = []
+    shown: dict[int, bytes] = {}
     for i in range(n):
-        one = scene(9, i)
+        number = i // ABOUT_ONE if kind == "questions" else i
+        one = scene(9, number)
         item: Item = {}
-        if i % 2:
-            side = int(dice.integers(sides[0], sides[1] + 1))
-            other = int(side * dice.uniform(0.5, 1))
-            size = (side, other) if i % 4 == 1 else (other, side)
-            stream = io.BytesIO()
-            PILImage.fromarray(one.draw()).resize(size, PILImage.Resampling.BICUBIC).save(stream, "JPEG", quality=90)
-            item["image"] = stream.getvalue()
-        if i % 2 == 0 or i % 8 == 3:
+        if kind != "mixed" or i % 2:
+            if number not in shown:
+                shown[number] = picture(number, sides, dice)
+            item["image"] = shown[number]
+        if kind == "questions":
+            item["text"] = f"{one.describe(i)[0]} ({i % ABOUT_ONE})"
+        elif kind == "mixed" and (i % 2 == 0 or i % 8 == 3):
             item["text"] = (one.caption(i), one.dense_caption(), one.caption(i) + " " + one.describe(i)[1])[i % 3]
         items.append(item)
     return [items[i] for i in dice.permutation(n)]
@@ -140,53 +160,37 @@ def middle(folder: Path) -> Encoder:
     return Encoder.load(folder, recipe=RECIPE, device="cpu")
 
 
-def measure(ways: dict[str, Way], items: Sequence[Item], rounds: int) -> tuple[dict[str, list[float]], dict[str, np.ndarray]]:
-    """Wall seconds of every way in every round, and its vectors; a warm-up round is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    vectors = {name: way(items) for name, way in ways.items()}
-    for _ in range(rounds):
-        for name, way in ways.items():
-            began = time.perf_counter()
-            way(items)
-            seconds[name].append(time.perf_counter() - began)
-    return seconds, vectors
+def agree(name: str, vectors: dict[str, np.ndarray], limit: float = 1e-3, cosine: float = 0.99999) -> dict[str, dict[str, float]]:
+    """How far each way's vectors are from comatch's. Stops where they differ by more than `limit` of what parts two items."""
+    ours = vectors["comatch"]
+    between = float(np.median([np.abs(a - b).max() for a, b in pairwise(ours)]))
+    found = {}
+    for way, theirs in vectors.items():
+        row = {"max_difference": float(np.abs(theirs - ours).max()), "min_cosine": float((theirs * ours).sum(1).min()), "between": between}
+        if row["max_difference"] > limit * between or row["min_cosine"] < cosine:
+            raise SystemExit(f"{name}, {way}: vectors differ by {row['max_difference']:.2g}, cosine {row['min_cosine']:.6f}; no ratio")
+        found[way] = row
+    return found
 
 
-def compare(name: str, encoder: Encoder, items: Sequence[Item], rounds: int) -> dict[str, Any]:
-    """Time one model in all three ways. Stops where the vectors differ."""
-    with TemporaryDirectory() as scratch:
-        stock = Stock(encoder.save(Path(scratch) / "model"))
-    ways: dict[str, Way] = {
-        "comatch": lambda some: encoder.encode(list(some)),
-        "padded": lambda some: stock.encode(some, PADDED),
-        "single": lambda some: stock.encode(some, 1),
-    }
-    seconds, vectors = measure(ways, items, rounds)
-    ours, spread = vectors["comatch"], max(seconds["comatch"]) / min(seconds["comatch"])
+def measure(name: str, encoder: Encoder, ways: dict[str, Way], items: Sequence[Item], rounds: int) -> dict[str, Any]:
+    """Time one model and one kind of work in all ways. Stops where the vectors differ."""
+    same = agree(name, {way: run(items) for way, run in ways.items()})
+    seconds = compare({way: partial(run, items) for way, run in ways.items()}, rounds)
+    tally: Counter[str] = Counter()
+    encoder.encode(list(items), tally=tally)
     examples = [encoder.preparer.item(as_message(item), encoder.stage) for item in items]
     record: dict[str, Any] = {
-        "parameters": sum(p.numel() for p in stock.model.parameters()),
-        "items": len(items),
-        "pictures": sum("image" in item for item in items),
+        **tally,
         "tokens": sum(map(len, examples)),
         "tokens_padded": padded_tokens(examples),
         "patches": sum(t * h * w for e in examples for t, h, w in e.grids),
-        "between_items": float(np.median([np.abs(a - b).max() for a, b in pairwise(ours)])),
-        "own_spread": spread,
         "ways": {},
     }
     for way, times in seconds.items():
-        median = float(np.median(times))
-        row: dict[str, Any] = {"seconds": times, "median": median, "items_per_second": len(items) / median}
-        if way != "comatch":
-            row["max_difference"] = float(np.abs(vectors[way] - ours).max())
-            row["min_cosine"] = float((vectors[way] * ours).sum(1).min())
-            if row["max_difference"] > 1e-3 * record["between_items"] or row["min_cosine"] < 0.99999:
-                raise SystemExit(f"{name}, {way}: vectors differ by {row['max_difference']:.2g}, cosine {row['min_cosine']:.6f}; no ratio")
-            each = [a / b for a, b in zip(times, seconds["comatch"], strict=True)]
-            row["ratio"] = {"of_medians": row["median"] / record["ways"]["comatch"]["median"], "low": min(each), "high": max(each)}
-            row["ratio"]["above_noise"] = min(each) > 1 and row["ratio"]["of_medians"] > spread
-        record["ways"][way] = row
+        median = statistics.median(times)
+        row = {"seconds": times, "median": median, "items_per_second": len(items) / median, **same[way]}
+        record["ways"][way] = row | ({"ratio": ratio(seconds["comatch"], times)} if way != "comatch" else {})
     return record
 
 
@@ -196,69 +200,69 @@ def padded_tokens(examples: Sequence[Example]) -> int:
     return sum(len(group) * max(map(len, group)) for group in groups)
 
 
+def every_kind(name: str, encoder: Encoder, sides: tuple[int, int], rounds: int, n: int) -> dict[str, Any]:
+    """One model in all kinds of work."""
+    with TemporaryDirectory() as scratch:
+        folder = encoder.save(Path(scratch) / "model")
+        stock = Stock(folder)
+        ways: dict[str, Way] = {
+            "comatch": lambda some: np.asarray(encoder.encode(list(some))),
+            "padded": lambda some: stock.encode(some, PADDED),
+            "single": lambda some: stock.encode(some, 1),
+        }
+        if find_spec("sentence_transformers"):
+            from st_peer import Peer
+
+            ways["st"] = Peer(folder, RECIPE).encode
+    record: dict[str, Any] = {"parameters": sum(p.numel() for p in stock.model.parameters()), "kinds": {}}
+    for kind in KINDS:
+        found = record["kinds"][kind] = measure(f"{name}, {kind}", encoder, ways, make_items(n, sides, kind), rounds)
+        waste = found["tokens_padded"] / found["tokens"] - 1
+        print(f"{name}, {kind}: {n} items, {found['distinct_pictures']} pictures, {found['patches']} patches,", end=" ")
+        print(f"{found['tokens']} tokens (padding adds {waste:.0%})", flush=True)
+    return record
+
+
 def table(models: dict[str, dict[str, Any]]) -> str:
     """The figures as Markdown."""
-    head = "| model (CPU) | way | items/s | comatch is faster by | max difference (between items) | min cosine |"
-    lines = [head, "|---|---|---|---|---|---|"]
+    head = "| model (CPU) | work | way | items/s | comatch is faster by | max difference (between items) | min cosine |"
+    lines = [head, "|---|---|---|---|---|---|---|"]
     for name, record in models.items():
-        size = f"{name}, {record['parameters'] / 1e6:.1f}M"
-        for way, row in record["ways"].items():
-            cells = ["", "", ""]
-            if ratio := row.get("ratio"):
-                told = f"{ratio['of_medians']:.2f}x ({ratio['low']:.2f}-{ratio['high']:.2f})"
-                cells = [told if ratio["above_noise"] else f"within noise ({record['own_spread']:.2f}x)"]
-                cells += [f"{row['max_difference']:.1e} ({record['between_items']:.1e})", f"{row['min_cosine']:.7f}"]
-            lines.append(f"| {size} | {way} | {row['items_per_second']:.1f} | {' | '.join(cells)} |")
+        for kind, found in record["kinds"].items():
+            for way, row in found["ways"].items():
+                cells = [f"{name}, {record['parameters'] / 1e6:.1f}M", kind, way, f"{row['items_per_second']:.1f}", "", "", ""]
+                if "ratio" in row:
+                    cells[4:] = [told(row["ratio"]), f"{row['max_difference']:.1e} ({row['between']:.1e})", f"{row['min_cosine']:.7f}"]
+                lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line] if info.is_file() else []
-    return {
-        "device": "cpu",
-        "processor": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_before": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in ("torch", "transformers", "pillow", "numpy")},
-    }
 
 
 def main() -> None:
     """Measure both models and tell it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of all three ways, after one that warms up")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of all ways, after one that warms up")
     parser.add_argument("--items", type=int, default=64, help="items a round")
-    parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/encode.json; none with --quick)")
-    parser.add_argument("--quick", action="store_true", help="2 rounds of 16 items: proves that it works, measures nothing")
+    parser.add_argument("--out", type=Path, default=RESULTS / "encode.json", help="JSON file (none with --quick)")
+    parser.add_argument("--quick", action="store_true", help="1 round of 16 items: proves that it works, measures nothing")
     args = parser.parse_args()
-    rounds, n = (2, 16) if args.quick else (args.rounds, args.items)
-    out = args.out or (None if args.quick else ROOT / "benchmarks" / "results" / "encode.json")
+    rounds, n = (1, 16) if args.quick else (args.rounds, args.items)
     logging.disable_progress_bar()
-    record: dict[str, Any] = {"machine": machine(), "dtype": "float32", "rounds": rounds, "quick": args.quick, "models": {}}
+    peer = version("sentence-transformers") if find_spec("sentence_transformers") else "not installed, so that way is left out"
+    print(f"sentence-transformers: {peer}", flush=True)
+    record: dict[str, Any] = {"machine": machine(), "sentence_transformers": peer}
+    record |= {"dtype": "float32", "clock": "wall", "rounds": rounds, "quick": args.quick, "models": {}}
     with TemporaryDirectory() as scratch:
         models: dict[str, tuple[Callable[[], Encoder], tuple[int, int]]] = {
             "comatch-nano": (lambda: Encoder.load("comatch-nano", recipe=RECIPE, device="cpu"), (90, 160)),
             "random-middle": (lambda: middle(Path(scratch) / "middle"), (100, 480)),
         }
         for name, (load, sides) in models.items():
-            record["models"][name] = compare(name, load(), make_items(n, sides), rounds)
-            m = record["models"][name]
-            waste = m["tokens_padded"] / m["tokens"] - 1
-            print(f"{name}: {n} items, {m['pictures']} with a picture of {m['patches']} patches in all,", end=" ")
-            print(f"{m['tokens']} tokens (padding adds {waste:.0%})", flush=True)
+            record["models"][name] = every_kind(name, load(), sides, rounds, n)
     record["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     m = record["machine"]
     print(f"CPU figures: {m['threads']} threads, torch {m['packages']['torch']}, {m['processor']}")
     print(table(record["models"]))
-    if out is None:
-        print("--quick: too short to mean anything, nothing written")
-        return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=1))
+    write(record, None if args.quick else args.out)
 
 
 if __name__ == "__main__":

@@ -211,6 +211,7 @@ def test_answer_gradient_to_pixels_flows_only_through_compression(folder_of: Fol
         attention_name = backbone.text.config._attn_implementation
         if cut:
             backbone.text.config._attn_implementation = "test_cut"
+        backbone.dense_mask = True
         try:
             hidden = backbone(batch, COMPRESS.visibility)
         finally:
@@ -254,6 +255,7 @@ def test_frozen_compression_keys_and_values_hide_the_picture(folder_of: Folders,
             return backbone.head(backbone(batch, COMPRESS.visibility)[batch.labels != IGNORE])
 
     AttentionInterface.register("test_replay", replay)
+    backbone.dense_mask = True
     free = logits(batches[1])
     backbone.text.config._attn_implementation = "test_replay"
     first = logits(batches[0])

@@ -221,6 +221,17 @@ class Recipe:
         return cls.from_dict(json.loads(text))
 
 
+def check_vectors(vectors: int, pooling: str | None, tokens: int) -> None:
+    """Raise RecipeError unless an item can have that many vectors: 1 always, more where they divide `tokens` compression tokens."""
+    if vectors == 1:
+        return
+    if pooling != "mean_compression":
+        raise RecipeError(f"{vectors} vectors an item need the pooling 'mean_compression', this stage has {pooling!r}; use 1")
+    allowed = [n for n in range(1, tokens + 1) if tokens % n == 0]
+    if vectors not in allowed:
+        raise RecipeError(f"{tokens} compression tokens do not make {vectors} vectors of equally many; allowed: {allowed}")
+
+
 def _check_roles(roles: tuple[str, ...]) -> None:
     unknown = [role for role in roles if role not in ROLES]
     if unknown or not roles or len(set(roles)) < len(roles):

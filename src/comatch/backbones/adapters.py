@@ -10,22 +10,35 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from comatch.backbones.base import Backbone
+from comatch.backbones.dora import with_dora
 from comatch.backbones.registry import check_folder, read_json
 from comatch.errors import ModelError
 
 WEIGHTS = "adapter_model.safetensors"
 
 
-def attach(backbone: Backbone, kind: str, *, r: int, alpha: int, dropout: float, targets: tuple[str, ...], train_vision: bool) -> None:
+def attach(
+    backbone: Backbone,
+    kind: str,
+    *,
+    r: int,
+    alpha: int,
+    dropout: float,
+    targets: tuple[str, ...],
+    train_vision: bool,
+    head: bool = True,
+) -> None:
     """Freeze the backbone and open what the run trains; the compression rows always train.
 
     kind: "lora", "dora" (specs/coma.md section 4) or "full" (language model; the vision tower only with `train_vision`).
+    head: whether the stage predicts tokens; a head with weights of its own, not the vocabulary's, stays frozen where nothing reaches it.
     Raises ModelError where a target matches no layer of the language model.
     """
     backbone.hf.requires_grad_(False)
     if kind == "full":
         backbone.text.requires_grad_(True)
-        backbone.stock.lm_head.requires_grad_(True)
+        if head:
+            backbone.stock.lm_head.requires_grad_(True)
         backbone.vision_tower.requires_grad_(train_vision)
         return
     if train_vision:
@@ -44,7 +57,7 @@ def attach(backbone: Backbone, kind: str, *, r: int, alpha: int, dropout: float,
         init_lora_weights="gaussian",
         target_modules=r"model\.language_model\..*\.(" + "|".join(targets) + ")",
     )
-    backbone.hf = get_peft_model(backbone.hf, config)
+    backbone.hf = get_peft_model(backbone.hf, with_dora(config))
 
 
 def adapted(backbone: Backbone) -> bool:
@@ -68,7 +81,8 @@ def load_adapter(backbone: Backbone, folder: Path) -> None:
         with safe_open(folder / WEIGHTS, "pt") as file:
             saved = set(file.keys())
         backbone.hf.requires_grad_(False)
-        backbone.hf = PeftModel.from_pretrained(backbone.hf, str(folder))
+        config = with_dora(LoraConfig.from_pretrained(str(folder)))
+        backbone.hf = PeftModel.from_pretrained(backbone.hf, str(folder), config=config)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"adapter {folder} does not fit its base {backbone.source}: {error}") from error
     wanted = set(get_peft_model_state_dict(backbone.hf))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from comatch.backbones.attention import TEXT, VISION
+from comatch.backbones.attention import TEXT, VISION, warn_once
 from comatch.backbones.registry import family, resolve
+from comatch.backbones.stills import still
+from comatch.backbones.store import DiskStore, Store, recall
+from comatch.backbones.unread import leaving_out
 from comatch.core.batch import Batch
 from comatch.core.masks import dense
+from comatch.core.segments import Segments, compile_segments
 from comatch.errors import ModelError
 from comatch.recipe import Recipe, Visibility
 
@@ -34,7 +40,12 @@ class Backbone(nn.Module):
     """A stock Qwen-VL model with compression rows; maps a Batch to hidden states.
 
     `rows`: [K, dim] float32, the only part of the vocabulary that is trained. Their token ids follow the tokenizer's last id.
+    `store`: features of pictures on disk, for a vision tower that does not train (`keep_features`).
+    `dense_mask`: set it to compute attention by the dense mask, the oracle; otherwise that is for tables without another form.
     """
+
+    dense_mask = False
+    store: DiskStore | None = None
 
     def __init__(self, model: Any, tokenizer: Any, processor: Any, recipe: Recipe | None = None, source: str = "", seed: int = 0) -> None:
         super().__init__()
@@ -97,6 +108,11 @@ class Backbone(nn.Module):
         return self.stock.model.language_model
 
     @property
+    def _no_split_modules(self) -> list[str]:
+        """Classes of decoder layers and vision blocks; Accelerate asks for them by this name and shards each on its own (FSDP2)."""
+        return list(self.stock._no_split_modules)
+
+    @property
     def vision_tower(self) -> Any:
         """The vision tower with its merger."""
         return self.stock.model.visual
@@ -116,23 +132,73 @@ class Backbone(nn.Module):
         """Where the weights are."""
         return self.rows.device
 
-    def see(self, batch: Batch) -> Vision | None:
-        """Run the vision tower over a batch's pictures; None where it has none. The result may be shared between passes."""
+    @property
+    def vision_trains(self) -> bool:
+        """Whether any part of the vision tower learns; its output may then not be kept beyond a step."""
+        return any(parameter.requires_grad for parameter in self.vision_tower.parameters())
+
+    def keep_features(self, folder: str | Path, *, max_bytes: int, dtype: torch.dtype | None = None) -> DiskStore:
+        """From now on keep the features of named pictures (`Batch.pictures`) on disk, in `dtype` or as the model gives them.
+
+        Raises ModelError where the folder cannot be used; `see` raises it where the vision tower trains.
+        """
+        self.store = DiskStore(folder, self.vision_tower, self._vision_settings, max_bytes=max_bytes, dtype=dtype)
+        return self.store
+
+    def see(self, batch: Batch, memory: Store | None = None) -> Vision | None:
+        """Features of a batch's pictures; None where it has none. The result may be shared between passes.
+
+        A named picture (`batch.pictures`) runs through the tower once, and not at all where `memory` or `store` has it.
+        Raises ModelError where there is a store and the tower trains.
+        """
+        return self._see(batch, memory)
+
+    def _see(self, batch: Batch, memory: Store | None = None) -> Vision | None:
+        # Apart from `see`, which gathers sharded weights (FSDP2) when called from outside, and must not within `forward`.
         if not len(batch.grids):
             return None
+        learns = torch.is_grad_enabled() and self.vision_trains
+        if learns and self.store is not None:
+            raise ModelError("the vision tower trains, so its features cannot come from a store; take out the store, or freeze the tower")
+        names = batch.pictures or (b"",) * len(batch.grids)
+        stores = [store for store in (memory, self.store) if store is not None]
+        with torch.set_grad_enabled(learns):
+            found = recall(names, stores, self.device, lambda places: self._features(batch, places))
+        tokens, *deep = torch.cat([found[i] for i in range(len(names))], dim=1)
+        return Vision(tokens, tuple(deep))
+
+    def _features(self, batch: Batch, places: Sequence[int]) -> list[torch.Tensor]:
+        """What the vision tower makes of some of a batch's pictures: [1 + deepstack layers, visual tokens, dim] each."""
+        patches, grids = batch.patches, batch.grids
+        if len(places) < len(grids):
+            each = torch.split(patches, grids.prod(1).tolist())
+            patches, grids = torch.cat([each[i] for i in places]), grids[list(places)]
         side = self.processor.patch_size
-        pixels = batch.patches.reshape(-1, 3, 1, side, side).float() / 255
+        pixels = patches.reshape(-1, 3, 1, side, side).float() / 255
         pixels = (pixels - self.mean.view(3, 1, 1, 1)) / self.std.view(3, 1, 1, 1)
         pixels = pixels.expand(-1, -1, self.processor.temporal_patch_size, -1, -1).flatten(1)
         # On a CPU the patch convolution's bf16 backward takes eight times as long as float32's, so autocast stays outside.
-        with torch.autocast(pixels.device.type, enabled=pixels.device.type != "cpu" and torch.is_autocast_enabled()):
-            out = self.stock.model.get_image_features(pixels, batch.grids)
-        deep = tuple(torch.cat(layer) for layer in out.deepstack_features) if self.family.deepstack else ()
-        return Vision(torch.cat(tuple(out.pooler_output)), deep)
+        low = torch.autocast(pixels.device.type, enabled=pixels.device.type != "cpu" and torch.is_autocast_enabled())
+        with low, still(self.vision_tower.patch_embed.proj):
+            out = self.stock.model.get_image_features(pixels, grids)
+        layers = [out.pooler_output, *(out.deepstack_features if self.family.deepstack else ())]
+        return [torch.stack(picture) for picture in zip(*layers, strict=True)]
 
-    def forward(self, batch: Batch, visibility: Visibility, vision: Vision | None = None) -> torch.Tensor:
-        """Hidden states after the final norm: [rows, seq, dim]. `vision`: features from `see`, computed here where not given."""
-        vision = vision if vision is not None else self.see(batch)
+    def _vision_settings(self) -> list[str]:
+        """What besides its weights decides the vision tower's output for given patches."""
+        low = torch.get_autocast_dtype(self.device.type) if torch.is_autocast_enabled(self.device.type) else None
+        settings = self.processor.image_mean, self.processor.image_std, self.processor.temporal_patch_size, str(low)
+        return [json.dumps(settings), self.vision_tower.config.to_json_string()]
+
+    def forward(
+        self, batch: Batch, visibility: Visibility, vision: Vision | None = None, read: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Hidden states after the final norm: [rows, seq, dim].
+
+        vision: features from `see`, computed here where not given. read: bool [rows, seq], where the states are read; those elsewhere are
+        then not computed to the end and unusable. None is everywhere.
+        """
+        vision = vision if vision is not None else self._see(batch)
         states = self.embed(batch.ids)
         extra: dict[str, Any] = {}
         if vision is not None:
@@ -142,11 +208,21 @@ class Backbone(nn.Module):
             states = states.masked_scatter(place.unsqueeze(-1), vision.tokens.to(states.dtype))
             if vision.deep:
                 extra = {"visual_pos_masks": place, "deepstack_visual_embeds": list(vision.deep)}
-        # Our mask travels as an extra keyword down to our attention function; the stock mask code then builds none.
-        extra["visibility_mask"] = dense(batch.roles, batch.example, visibility)
-        out = self.text(inputs_embeds=states, position_ids=batch.positions, use_cache=False, **extra)
+        # What may see what travels as an extra keyword down to our attention function; the stock mask code then builds no mask.
+        extra |= self._visible(batch, visibility)
+        with leaving_out(self.text.layers, batch, visibility, read):
+            out = self.text(inputs_embeds=states, position_ids=batch.positions, use_cache=False, **extra)
         hidden: torch.Tensor = out.last_hidden_state
         return hidden
+
+    def _visible(self, batch: Batch, visibility: Visibility) -> dict[str, Any]:
+        """Segments where the table has that form, else the dense mask, with one warning that says why."""
+        if not self.dense_mask:
+            segments = compile_segments(batch.roles, batch.example, visibility)
+            if isinstance(segments, Segments):
+                return {"segments": segments}
+            warn_once(f"visibility {list(visibility.table)} runs on the slow dense mask, because {segments}")
+        return {"visibility_mask": dense(batch.roles, batch.example, visibility)}
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Token embeddings [rows, seq, dim]; ids of compression tokens take our trained rows instead of the vocabulary's."""
@@ -165,7 +241,9 @@ class Backbone(nn.Module):
         """Copy the compression rows into the vocabulary's own table, so that any stock loader finds them there."""
         with torch.no_grad():
             table = self.text.embed_tokens.weight
-            table[self.first_token : self.first_token + len(self.rows)] = self.rows.to(table.dtype)
+            theirs, ours = table[self.first_token : self.first_token + len(self.rows)], self.rows.to(table.dtype)
+            if not torch.equal(theirs, ours):  # an equal copy would look like a change to the fingerprint
+                theirs.copy_(ours)
 
     def _add_tokens(self, names: list[str]) -> tuple[int, bool]:
         known = [name for name in names if name in self.tokenizer.get_vocab()]

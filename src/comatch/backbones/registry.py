@@ -82,18 +82,50 @@ def _names_code(value: Any) -> bool:
 
 
 def _download(name: str, revision: str | None, weights: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
+    """A hub id's folder in the cache, fetched or found there. Raises ModelError, also for a folder that lacks files (row 25)."""
+    from huggingface_hub import errors, snapshot_download
 
+    no_connection: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]  # of httpx or httpx2, by the hub's release
     shipped = sorted(p.name for p in SHIPPED.iterdir()) if SHIPPED.is_dir() else []
     where = f"it is not a folder and not one of the shipped models {shipped}"
+    fetch = f"hf download {name}" + (f" --revision {revision}" if revision else "")
+    patterns = ["*.json", "*.txt", "*.jinja", *(["*.safetensors"] if weights else [])]
     try:
-        patterns = ["*.json", "*.txt", "*.jinja", *(["*.safetensors"] if weights else [])]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except HFValidationError as error:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except errors.HFValidationError as error:
         raise ModelError(f"no model {name!r}: {where}, nor a hub id like 'Qwen/Qwen2.5-VL-3B-Instruct'") from error
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"model {name!r} could not be fetched: {where}, and the hub said: {type(error).__name__}. "
-            f"With a network: hf download {name}; then pass the folder, or set HF_HOME to the cache that has it"
-        ) from error
+    except (OSError, ValueError, no_connection) as error:
+        raise ModelError(f"model {name!r} could not be fetched: {where}, and {_why(error, name, revision, fetch)}") from error
+    if gone := lacking(folder, weights):
+        told = f"{folder} lacks {', '.join(gone[:10])}"
+        raise ModelError(f"{told}: it was fetched in part, or the model has no such file; fetch it with: {fetch}")
+    return folder
+
+
+def _why(error: Exception, name: str, revision: str | None, fetch: str) -> str:
+    """What kept the hub's files away, and what to do."""
+    from huggingface_hub import constants, errors
+
+    cache = f"or set HF_HOME to a cache that has it (this one is {constants.HF_HUB_CACHE})"
+    if isinstance(error, errors.GatedRepoError):
+        return f"it is gated: accept its terms at {constants.ENDPOINT}/{name}, then: hf auth login; {fetch}"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"it has no revision {revision!r}: name a branch, a tag or a commit of {constants.ENDPOINT}/{name}, or leave revision out"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"the hub has no such model, or keeps it private: check the name, or: hf auth login; {fetch}"
+    if constants.HF_HUB_OFFLINE:
+        return f"HF_HUB_OFFLINE is set and the cache lacks files of it. With a network and HF_HUB_OFFLINE=0: {fetch}; {cache}"
+    cause = error.__cause__ or error
+    told = " ".join([f"{type(cause).__name__}:", *str(cause).split()])[:200]
+    return f"neither the hub nor the cache gave it ({told}). With a network: {fetch}; then pass the folder, {cache}"
+
+
+def lacking(folder: Path, weights: bool) -> list[str]:
+    """Files that a fetched model must have and has not; links to nowhere count as absent."""
+    needed = set() if (folder / "adapter_config.json").is_file() else {"config.json"}
+    if weights:
+        for index in folder.glob("*.safetensors.index.json"):
+            needed.update(map(str, dict(read_json(index).get("weight_map", {})).values()))
+        if not any(folder.glob("*.safetensors")) and len(needed) < 2:
+            needed.add("model.safetensors")
+    return sorted(file for file in needed if not (folder / file).is_file())

@@ -22,6 +22,7 @@ class Example:
     ids: [n] int64. roles: [n] int8, places in `comatch.recipe.ROLES`. labels: [n] int64, the token to predict FROM each place, or -100.
     positions: [3, n] int64 (time, height, width of M-RoPE). patches: per picture uint8 [patches, 3 * patch * patch].
     grids: per picture (time, height, width) in patches. cut: text tokens that were cut off to fit the window.
+    pictures: per picture a hash of its patches and grid, or b"" where nobody asked for one; none at all is the same.
     """
 
     ids: np.ndarray
@@ -31,6 +32,7 @@ class Example:
     patches: tuple[np.ndarray, ...] = ()
     grids: tuple[tuple[int, int, int], ...] = ()
     cut: int = 0
+    pictures: tuple[bytes, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -47,7 +49,7 @@ class Batch:
 
     ids, labels: [rows, seq] int64. roles: [rows, seq] int8, -1 on padding. example: [rows, seq] int64, index of the example, -1 on padding.
     positions: [3, rows, seq] int64. patches: [patches, 3 * patch * patch] uint8, pictures in the order their tokens stand when rows are
-    read from left to right and top to bottom. grids: [pictures, 3] int64. size: number of examples.
+    read from left to right and top to bottom. grids: [pictures, 3] int64. size: number of examples. pictures: as in Example.
     """
 
     ids: torch.Tensor
@@ -59,10 +61,12 @@ class Batch:
     grids: torch.Tensor
     size: int
     tokens: int = field(default=0)
+    pictures: tuple[bytes, ...] = ()
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
-        moved: dict[str, Any] = {
-            f.name: value.to(device, non_blocking=True) for f in fields(self) if isinstance(value := getattr(self, f.name), torch.Tensor)
-        }
+        """The same batch on another device; to a GPU through pinned memory, so that nobody waits for the copy."""
+        held = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), torch.Tensor)}
+        if torch.device(device).type == "cuda":
+            held = {name: value.pin_memory() if value.device.type == "cpu" else value for name, value in held.items()}
+        moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in held.items()}
         return replace(self, **moved)
