@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli_run import draw
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from comatch.backbones.nano import make_nano, make_tokenizer
 from comatch.data.scenes import scene
+from comatch.encoder import Encoder
+from comatch.recipes import load_recipe
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -102,3 +105,24 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def model(folder_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a saved encoder with random weights; a test that changes it works on a copy."""
+    encoder = Encoder.load(folder_of("qwen2_5_vl"), recipe=load_recipe("coma").with_tokens(4))
+    return encoder.save(tmp_path_factory.mktemp("saved") / "model")
+
+
+@pytest.fixture(scope="session")
+def encoder(model: Path) -> Encoder:
+    """The encoder of `model`."""
+    return Encoder.load(model)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder of six drawn scenes, s0.png to s5.png."""
+    folder = tmp_path / "pictures"
+    draw(folder, range(6))
+    return folder

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from cli_run import HTML, draw, read, run
+from cli_run import HTML, read, run
 
 from comatch import cli
 from comatch.content import Text, as_message
@@ -16,27 +15,6 @@ from comatch.core.batch import ROLE_ID
 from comatch.data.scenes import scene
 from comatch.encoder import Encoder
 from comatch.errors import ContentError, ImageError
-from comatch.recipes import load_recipe
-
-
-@pytest.fixture(scope="module")
-def model(folder_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved encoder with random weights."""
-    encoder = Encoder.load(folder_of("qwen2_5_vl"), recipe=load_recipe("coma").with_tokens(4))
-    return encoder.save(tmp_path_factory.mktemp("cli") / "model")
-
-
-@pytest.fixture(scope="module")
-def encoder(model: Path) -> Encoder:
-    return Encoder.load(model)
-
-
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    folder = tmp_path / "pictures"
-    draw(folder, range(6))
-    return folder
-
 
 # --- bad items (rows 1, 7, 10)
 

@@ -20,13 +20,14 @@ from comatch import cli
 from comatch.backbones import adapters
 from comatch.config import RunConfig, load_config
 from comatch.core.batch import ROLE_ID
-from comatch.core.flops import Shape, forward_flops
+from comatch.core.flops import Shape, Trains, work_of
 from comatch.data.scenes import scene
 from comatch.errors import ConfigError, DataError, ModelError
 from comatch.recipes import load_recipe
 from comatch.training import loop
 from comatch.training.dry import describe, weightless
 from comatch.training.loader import StageData
+from comatch.training.plan import plan
 
 RUNS = sorted((Path(__file__).resolve().parent.parent / "runs").glob("*.yaml"))
 LARGE = {path.stem: path for path in RUNS if path.stem in ("coma-3b", "coma-7b")}
@@ -136,11 +137,11 @@ def test_mask_picture_shows_the_bottleneck() -> None:
 def test_numbers_are_those_of_the_run(folder_of: Folders, adapter: dict[str, Any], passes: int) -> None:
     """Lengths are those of the examples that training prepares, and work follows from them."""
     config = tiny(folder_of("qwen2_5_vl"), adapter=adapter)
-    todo = loop.plan(config)
+    todo = plan(config)
     text = describe(config)
-    stage, _, source = todo.stages[0]
-    data = StageData(source, todo.encoder.preparer, stage, config.seed, range(8))
-    examples = [data[i].examples[0] for i in range(8)]
+    stage, _, mixture = todo.stages[0]
+    data = StageData(mixture, todo.encoder.preparer, stage, seed=config.seed, batch=2)
+    examples = [sample.examples[0] for step in range(4) for sample in data[step]]
     first = examples[0]
     counts = {role: int((first.roles == ROLE_ID[role]).sum()) for role in stage.visibility.roles}
     layout = " + ".join(f"{n} {role}" for role, n in counts.items())
@@ -148,7 +149,9 @@ def test_numbers_are_those_of_the_run(folder_of: Folders, adapter: dict[str, Any
     assert f"mean       {np.mean([len(e) for e in examples]):,.0f} tokens" in text
     shape = Shape.of(todo.encoder.backbone.stock.config)
     # 8 samples are all of 4 steps of 2. Frozen matrices need no weight gradient, and the frozen tower runs forward only.
-    work = sum(passes * forward_flops(shape, len(e), 0, e.supervised) + shape.patch * e.grids[0][1] * e.grids[0][2] for e in examples)
+    trains = Trains(full=passes == 3, rank=adapter.get("r", 0), targets=() if passes == 3 else ("q_proj", "k_proj", "v_proj", "o_proj"))
+    parts = work_of(shape, examples, stage.visibility, trains)
+    work = passes * (parts.text + parts.head) + 3 * (parts.attention + parts.adapter) + parts.vision
     assert f"work       {work:.1e} FLOP" in text
     loop.open_parameters(config, todo.encoder.backbone)
     seen, trained = (sum(p.numel() for p in todo.encoder.backbone.parameters() if p.requires_grad or every) for every in (True, False))

@@ -7,7 +7,8 @@ ComatchError
 ├── ConfigError         a run config has an unknown key, a wrong type or contradicting settings
 ├── DataError           a data source is missing a column, has too many bad rows, or is empty
 ├── ModelError          weights are missing, unexpected, re-initialised, unsafe, or of another recipe
-├── TrainingError       a run cannot go on: non-finite loss, half-written run folder
+├── TrainingError       a run cannot go on: non-finite loss, damaged checkpoint, changed config or data
+│   └── Stopped         a signal ended a run after a saved step
 ├── EvaluationError     vectors or candidates that cannot be scored
 ├── SearchError         an index is damaged or was made by another model
 └── MissingExtra        an optional package is not installed
@@ -59,7 +60,15 @@ class ModelError(ComatchError):
 
 
 class TrainingError(ComatchError):
-    """A run cannot go on: non-finite loss, half-written run folder."""
+    """A run cannot go on: non-finite loss, damaged checkpoint, changed config or data."""
+
+
+class Stopped(TrainingError):
+    """A signal ended a run after a saved step; the same command goes on from there. `code` is the exit code that says so."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class EvaluationError(ComatchError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from glob import iglob
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +16,27 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from comatch.backbones import adapters
 from comatch.backbones.base import Backbone
+from comatch.backbones.memory import vision_bytes
 from comatch.backbones.registry import SHIPPED, family, resolve
 from comatch.backbones.shapes import config_of, known
 from comatch.config import RunConfig, StageRun
 from comatch.content import Dialogue, Group, as_message
 from comatch.core.batch import Example
-from comatch.core.flops import Shape, forward_flops
+from comatch.core.flops import Shape, work_of
 from comatch.core.masks import dense
 from comatch.core.packing import collate
+from comatch.data.mixture import Ingredient, Mixture
+from comatch.errors import DataError
 from comatch.recipe import ROLES, Stage
 from comatch.recipes import load_recipe
+from comatch.training.fit import demand, told_layers, trained_part
 from comatch.training.loader import Sample, StageData
-from comatch.training.loop import UNTRAINED, Plan, check_stages, open_parameters, plan_encoder, stage_source
+from comatch.training.plan import UNTRAINED, Plan, check_stages, open_data, open_parameters, plan_encoder
 
 _MARK = {"context": "x", "compression": "C", "dialogue": "d", "target": "t"}
 _PICTURED = 10
 _SAMPLES = 16
 _GB = 2**30
-# specs/performance.md section 2: 5.0 MB per token kept by the eager 3B model (36 layers of width 2048), forward and backward in bf16.
-_KEPT = 5.0e6 / (36 * 2048)
 _H200 = 790e12
 # What Qwen2.5-VL's own preprocessor_config.json says.
 _PUBLISHED_PIXELS = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 16384}
@@ -49,7 +52,7 @@ def describe(config: RunConfig) -> str:
     backbone, notes = weightless(config)
     todo = Plan(config, recipe, plan_encoder(config, recipe, backbone), [])
     if (config.folder / "manifest.json").is_file():
-        notes.append(f"note: {config.folder} holds a run already; training stops there without --overwrite")
+        notes.append(f"note: {config.folder} holds a run already; training goes on with it, or stops where it is complete")
     open_parameters(config, backbone)
     lines = [
         f"run {config.name}: recipe {recipe.name}, model {config.model}, seed {config.seed}, {config.precision}, to {config.folder}",
@@ -59,7 +62,7 @@ def describe(config: RunConfig) -> str:
     chosen = [(stage, run) for stage in recipe.stages if (run := config.stages.get(stage.name))]
     total = 0.0
     for i, (stage, run) in enumerate(chosen):
-        told, work = _stage(todo, stage, run)
+        told, run, work = _stage(todo, stage, run)
         optim = f"lr {run.optim.lr:g} {run.optim.schedule} after {round(run.optim.warmup * run.steps)} steps of warm-up"
         objective = ", ".join(f"{name} x {weight:g}" for name, weight in stage.objectives.items())
         lines += ["", f"stage {stage.name} ({i + 1} of {len(chosen)}): {objective}; {run.steps:,} steps of {run.batch:,}; {optim}", *told]
@@ -72,7 +75,7 @@ def describe(config: RunConfig) -> str:
 def weightless(config: RunConfig) -> tuple[Backbone, list[str]]:
     """The backbone on the meta device (shapes, tokenizer, image settings, no weights), and what stood in for what is not at hand."""
     recipe = load_recipe(config.recipe).with_tokens(config.tokens)
-    folder = _at_hand("comatch-nano" if config.model == UNTRAINED else config.model, config.revision)
+    folder = at_hand("comatch-nano" if config.model == UNTRAINED else config.model, config.revision)
     notes: list[str] = []
     if folder is None and config.model in known():
         folder, model_config = SHIPPED / "comatch-nano", config_of(config.model)
@@ -109,7 +112,7 @@ class _StandIn:
         return Group(self._picture, (as_message(self._turns[0][1]),))
 
 
-def _at_hand(name: str, revision: str | None) -> Path | None:
+def at_hand(name: str, revision: str | None) -> Path | None:
     """A folder, a shipped model, or what the hub's cache has of a model: everything small, weights or not."""
     if Path(name).is_dir() or (SHIPPED / name).is_dir():
         return resolve(name)
@@ -127,14 +130,15 @@ def _parameters(backbone: Backbone) -> list[str]:
     total, open_ = sum(p.numel() for p in backbone.parameters()), sum(p.numel() for p in trained.values())
     count: dict[str, int] = {}
     for name, parameter in trained.items():
-        count[_kind(name)] = count.get(_kind(name), 0) + parameter.numel()
+        count[kind_of(name)] = count.get(kind_of(name), 0) + parameter.numel()
     lines = [f"trains {open_:,} of {total:,} parameters ({100 * open_ / total:.2f} %)"]
     if rows := count.pop("compression rows", 0):
         lines.append(f"  {'compression rows':18}{rows:>15,} = {' x '.join(map(str, backbone.rows.shape))}")
     return lines + [f"  {kind:18}{n:>15,}" for kind, n in count.items()]
 
 
-def _kind(name: str) -> str:
+def kind_of(name: str) -> str:
+    """The group that a trained parameter of this name is counted in."""
     if name == "rows":
         return "compression rows"
     if "lora_magnitude" in name:
@@ -144,71 +148,82 @@ def _kind(name: str) -> str:
     return "vision tower" if ".visual." in name else "language model"
 
 
-def _stage(todo: Plan, stage: Stage, run: StageRun) -> tuple[list[str], float]:
-    """What to tell of one stage, and its work in FLOP."""
-    samples, lines = _samples(todo, stage, run)
-    sides = ("query", "positive") if "contrastive" in stage.objectives else ("dialogue",)
-    tokens = _mean(len(e) for s in samples for e in s.examples) * len(sides)
-    patches = _mean(_patches(e) for s in samples for e in s.examples) * len(sides)
-    for side, example in zip(sides, samples[0].examples, strict=True):
+def _stage(todo: Plan, stage: Stage, run: StageRun) -> tuple[list[str], StageRun, float]:
+    """What to tell of one stage, its run with the number of steps, and its work in FLOP."""
+    samples, run, lines = _samples(todo, stage, run)
+    shown = samples[0]
+    negatives = len(shown.examples) - 1 - shown.positives
+    sides = ("query", *["positive"] * shown.positives, *["negative"] * negatives) if shown.positives else ("dialogue",)
+    tokens = _mean(sum(map(len, s.examples)) for s in samples)
+    patches = _mean(sum(map(patches_of, s.examples)) for s in samples)
+    for side, example in zip(sides, shown.examples, strict=True):
         supervised = f"; {example.supervised:,} supervised" if "next_token" in stage.objectives else ""
-        lines.append(f"  {side:<11}{len(example):,} tokens = {_layout(example)}{supervised}; {_patches(example):,} patches")
+        lines.append(f"  {side:<11}{len(example):,} tokens = {_layout(example)}{supervised}; {patches_of(example):,} patches")
     if len(samples) > 1:
-        lines.append(f"  {'mean':<11}{tokens:,.0f} tokens, {patches:,.0f} patches a sample (first {len(samples)} samples of the run)")
+        many = f"{len(samples)} samples from the start of the run"
+        lines.append(f"  {'mean':<11}{tokens:,.0f} tokens, {patches:,.0f} patches a sample ({many})")
     longest = max(len(e) for s in samples for e in s.examples)
     a_pass = max(longest, min(run.tokens_per_pass, run.batch * tokens))
     if longest > run.tokens_per_pass:
         lines.append(f"  note: an example of {longest:,} tokens, above tokens_per_pass={run.tokens_per_pass:,}, gets a pass of its own")
-    lines.append(f"  {'memory':<11}{_memory(todo, a_pass, a_pass * patches / tokens)}")
+    parts = memory(todo, a_pass, a_pass * patches / tokens)
+    told = " + ".join(f"{_bytes(n)} {what}" for what, n in parts.items())
+    lines.append(f"  {'memory':<11}about {_bytes(sum(parts.values()))} in each process: {told} of a pass of {a_pass:,.0f} tokens")
     work = _work(todo, stage, run, samples, cached=run.batch * tokens > run.tokens_per_pass)
     lines.append(f"  {'work':<11}{_time(work)}")
     roles = stage.visibility.roles
     legend = ", ".join(f"{_MARK[role]} {role}" for role in roles)
     lines.append(f"  {'visibility':<11}{' '.join(stage.visibility.table)}; row looks at column, up to {_PICTURED} places of each: {legend}")
-    return [*lines, *_mask(samples[0].examples[0], roles, stage)], work
+    return [*lines, *_mask(shown.examples[0], roles, stage)], run, work
 
 
-def _samples(todo: Plan, stage: Stage, run: StageRun) -> tuple[list[Sample], list[str]]:
-    """The first samples of the run, or one of a stand-in where the data's file is not here."""
+def _samples(todo: Plan, stage: Stage, run: StageRun) -> tuple[list[Sample], StageRun, list[str]]:
+    """Samples from the start of the run, or one of a stand-in where its file is not here; the run with its steps; what to tell."""
     data, seed = run.data or todo.config.data, todo.config.seed
-    if data.path is not None and not Path(data.path).exists():
-        note = f"  note: there is no {data.path} here; a blank picture of 640 x 640 stands in, and its columns are not checked"
+    if absent := [source.path for source in data.sources.values() if source.path is not None and not _is_here(source.path)]:
+        if not run.steps:
+            raise DataError(f"there is no {absent[0]} here, so stages.{stage.name}.epochs cannot be counted; say steps instead")
+        note = f"  note: there is no {', '.join(dict.fromkeys(absent))} here; a blank picture stands in, columns are not checked"
         blank: Any = _StandIn()
-        return [StageData(blank, todo.encoder.preparer, stage, seed, range(1))[0]], [note]
-    source = stage_source(todo.config, run)
-    made = StageData(source, todo.encoder.preparer, stage, seed, range(min(_SAMPLES, run.steps * run.batch)))
-    samples = [made[i] for i in range(len(made))]
-    used = run.steps * run.batch
-    lines = [f"  {'data':<11}{used:,} samples of {len(source):,} rows of {source.name}: {used / len(source):.3g} epochs"]
+        made = StageData(Mixture((Ingredient(blank.name, blank),)), todo.encoder.preparer, stage, seed=seed, batch=1)
+        return made[0], run, [note]
+    run, mixture = open_data(todo.config, run, stage)
+    # As if on many ranks, so that of a large batch only a few samples are decoded.
+    few = StageData(mixture, todo.encoder.preparer, stage, seed=seed, batch=run.batch, ranks=max(1, run.batch // _SAMPLES))
+    samples = [sample for step in range(min(run.steps, -(-_SAMPLES // run.batch))) for sample in few[step]][:_SAMPLES]
+    lines = []
+    for ingredient, used in zip(mixture.ingredients, mixture.given(run.steps, run.batch), strict=True):
+        rows = len(ingredient.source)
+        lines.append(f"  {'data':<11}{used:,} samples of {rows:,} rows of {ingredient.name}: {used / rows:.3g} epochs")
     if bad := [reason for sample in samples for reason in sample.bad]:
         lines.append(f"  note: {len(bad)} bad rows were replaced among the first {len(samples)}, as in: {bad[0]}")
-    return samples, lines
+    return samples, run, lines
 
 
-def _memory(todo: Plan, tokens: float, patches: float) -> str:
-    """Weights, gradients with AdamW's two moments, and activations of one pass of that many tokens and patches."""
+def _is_here(path: str) -> bool:
+    return Path(path).exists() or any(iglob(path))
+
+
+def memory(todo: Plan, tokens: float, patches: float) -> dict[str, float]:
+    """Bytes of weights, of gradients with AdamW's two moments, and of activations of one pass of that many tokens and patches."""
     backbone, config = todo.encoder.backbone, todo.config
     shape = Shape.of(backbone.stock.config)
     trained = sum(p.numel() for p in adapters.trainable(backbone).values())
     total = sum(p.numel() for p in backbone.parameters())
     low = config.precision == "bf16"
     weights = 4 * trained + (2 if low and config.adapter.kind != "full" else 4) * (total - trained)
-    kept = tokens * shape.layers * shape.width + (patches * shape.vision_layers * shape.vision_width if config.adapter.train_vision else 0)
-    kept *= _KEPT if low else 2 * _KEPT
-    parts = {"weights": weights, "gradients and AdamW": 12 * trained, f"activations of a pass of {tokens:,.0f} tokens": kept}
-    told = " + ".join(f"{_bytes(n)} {what}" for what, n in parts.items())
-    return f"about {_bytes(sum(parts.values()))} in each process: {told}"
+    kept = demand(config, shape).bytes(shape, tokens, told_layers(config, shape.layers) or 0)
+    kept += vision_bytes(shape, patches, low) if config.adapter.train_vision else 0
+    return {"weights": weights, "gradients and AdamW": 12 * trained, "activations": kept}
 
 
 def _work(todo: Plan, stage: Stage, run: StageRun, samples: Sequence[Sample], cached: bool) -> float:
-    """Frozen matrices need no weight gradient; a matching stage of several passes runs forward once more; a frozen tower runs once."""
-    adapter, shape = todo.config.adapter, Shape.of(todo.encoder.backbone.stock.config)
+    """Useful work, and in a matching stage of several passes one more forward; pictures run twice only where their tower trains."""
+    shape, trains = Shape.of(todo.encoder.backbone.stock.config), trained_part(todo.config.adapter)
     again = 1 if cached and "contrastive" in stage.objectives else 0
-    text_passes = (3 if adapter.kind == "full" else 2) + again
-    vision_passes = 3 + again if adapter.train_vision else 1
-    text = _mean(sum(forward_flops(shape, len(e), 0, e.supervised) for e in s.examples) for s in samples)
-    vision = _mean(sum(shape.patch * _patches(e) for e in s.examples) for s in samples)
-    return (text * text_passes + vision * vision_passes) * run.batch * run.steps
+    work = work_of(shape, [example for sample in samples for example in sample.examples], stage.visibility, trains)
+    each = (trains.flops(work, again) + again * trains.vision * work.vision) / len(samples)
+    return each * run.batch * run.steps
 
 
 def _layout(example: Example) -> str:
@@ -231,7 +246,8 @@ def _mask(example: Example, roles: Sequence[str], stage: Stage) -> list[str]:
     return lines[:-1]
 
 
-def _patches(example: Example) -> int:
+def patches_of(example: Example) -> int:
+    """Patches of all its pictures."""
     return sum(t * h * w for t, h, w in example.grids)
 
 

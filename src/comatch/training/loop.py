@@ -3,200 +3,283 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from importlib.util import find_spec
+from datetime import timedelta
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
 from comatch.backbones import adapters
 from comatch.backbones.base import Backbone
-from comatch.backbones.nano import make_nano
+from comatch.backbones.compiled import compiled_layers
 from comatch.config import OptimConfig, RunConfig, StageRun
-from comatch.data.images import ImageSettings
-from comatch.data.scenes import scene
-from comatch.data.sources import Source, open_source
+from comatch.core.fingerprint import Fingerprint
+from comatch.data.mixture import Mixture
 from comatch.encoder import Encoder
-from comatch.errors import ConfigError, TrainingError
+from comatch.errors import ComatchError, ConfigError, Stopped, TrainingError
+from comatch.objectives.temperature import Temperature
 from comatch.recipe import Recipe, Stage
-from comatch.recipes import load_recipe
+from comatch.training.checkpoint import WEIGHTS, Tensors, atomic_folder
+from comatch.training.faults import explained
+from comatch.training.fit import fit_layers, useful_flops
 from comatch.training.loader import Quarantine, Sample, StageData, batches
+from comatch.training.origin import Origin
+from comatch.training.plan import Plan, open_encoder, open_parameters, save_stage, survey
 from comatch.training.progress import Reporter
 from comatch.training.run import RunFolder
+from comatch.training.signals import Signals
+from comatch.training.state import Live, load_weights, seed_step
 from comatch.training.step import StepResult, check_finite, contrastive_step, token_step
 
-UNTRAINED = "untrained-nano"
+Evaluate = Callable[[Encoder], Mapping[str, float]]
 
 
-@dataclass
-class Plan:
-    """Everything a run needs but the optimiser: recipe, encoder (backbone, preparer), and a source for each stage that will run."""
+def train(
+    config: RunConfig,
+    *,
+    overwrite: bool = False,
+    new_run: bool = False,
+    from_step: str | None = None,
+    inexact: bool = False,
+    evaluate: Evaluate | None = None,
+    quiet: bool = False,
+) -> Path:
+    """Run every stage that the config names and return the run folder; a run that was ended there goes on from its newest checkpoint.
 
-    config: RunConfig
-    recipe: Recipe
-    encoder: Encoder
-    stages: list[tuple[Stage, StageRun, Source]]
-
-
-def plan(config: RunConfig) -> Plan:
-    """Check a config against its recipe, open its data, load its model. Raises ConfigError or DataError before anything heavy is loaded."""
-    recipe = load_recipe(config.recipe).with_tokens(config.tokens)
-    check_stages(config, recipe)
-    stages = [(stage, run, stage_source(config, run)) for stage in recipe.stages if (run := config.stages.get(stage.name))]
-    if config.model == UNTRAINED:
-        with TemporaryDirectory() as scratch:
-            make_nano(Path(scratch), nano_texts(), seed=config.seed)
-            backbone = Backbone.load(scratch, recipe, seed=config.seed)
-    else:
-        low = torch.bfloat16 if config.precision == "bf16" and config.adapter.kind != "full" else torch.float32
-        backbone = Backbone.load(config.model, recipe, dtype=low, revision=config.revision, seed=config.seed)
-    return Plan(config, recipe, plan_encoder(config, recipe, backbone), stages)
-
-
-def check_stages(config: RunConfig, recipe: Recipe) -> None:
-    """Raise ConfigError where a config trains a stage that its recipe does not have."""
-    known = [stage.name for stage in recipe.stages]
-    if unknown := sorted(set(config.stages) - set(known)):
-        raise ConfigError(f"stages {unknown}: recipe {recipe.name!r} has {known}; use those names under 'stages'")
-
-
-def check_trackers(config: RunConfig) -> None:
-    """Raise ConfigError for a tracker that is not installed; Accelerate would leave it out without a word."""
-    absent = [name for name in config.tracking if find_spec(name) is None]
-    if absent:
-        raise ConfigError(f"tracking {absent} is not installed; pip install {' '.join(absent)}, or take it out")
-
-
-def plan_encoder(config: RunConfig, recipe: Recipe, backbone: Backbone) -> Encoder:
-    """The encoder that a run trains, with the config's image limits."""
-    images = ImageSettings.from_processor(backbone.processor).limited(config.images.min_pixels, config.images.max_pixels)
-    return Encoder(backbone, recipe, images)
-
-
-def stage_source(config: RunConfig, run: StageRun) -> Source:
-    """The data of one stage: its own, or the run's."""
-    data = run.data or config.data
-    return open_source(
-        data.source, path=data.path, split=data.split, limit=data.limit, seed=config.seed, columns=data.columns, dialogue=data.dialogue
-    )
-
-
-def open_parameters(config: RunConfig, backbone: Backbone) -> None:
-    """Freeze everything but what the run trains, and keep that in float32."""
-    a = config.adapter
-    adapters.attach(backbone, a.kind, r=a.r, alpha=a.alpha, dropout=a.dropout, targets=tuple(a.targets), train_vision=a.train_vision)
-    backbone.rows.requires_grad_(len(backbone.rows) > 0)
-    adapters.cast_trainable(backbone)
-
-
-def train(config: RunConfig, *, overwrite: bool = False, quiet: bool = False) -> Path:
-    """Run every stage that the config names and return the run folder.
-
-    Each finished stage is saved under its name in the run folder; `Encoder.load(folder)` loads the last. Raises TrainingError
-    where the folder already holds a run, or a loss is not finite.
+    overwrite: delete what the folder holds. new_run: take the folder FOLDER-2, -3 ... instead. from_step: go on from that checkpoint.
+    inexact: go on although dropout will be drawn otherwise. evaluate: scores of an encoder by name, asked for as `config.evaluate` says.
+    Each finished stage is saved under its name in the run folder; `Encoder.load(folder)` loads the last. Where the config evaluates, `best`
+    is the model of the best checkpoint. Raises Stopped after a signal, TrainingError where the folder holds a complete or another run, or
+    a loss is not finite.
     """
-    check_trackers(config)
-    set_seed(config.seed)
-    todo = plan(config)
+    recipe, stages = survey(config)
+    check_evaluation(config, recipe, evaluate)
     # Accelerate keeps the precision of the first run in a process for all later ones; each of ours has its own.
     AcceleratorState._reset_state()
     accelerator = Accelerator(
         mixed_precision="bf16" if config.precision == "bf16" else "no",
-        cpu=config.device == "cpu",
+        # Without a GPU as with device=cpu: else each of several processes would take itself for the only one.
+        cpu=config.device == "cpu" or not torch.accelerator.is_available(),
         log_with=list(config.tracking) or None,
-        project_dir=str(config.folder),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=config.timeout_minutes))],
     )
-    folder = RunFolder.create(config.folder, config, todo.recipe, overwrite=overwrite, main=accelerator.is_main_process)
-    if config.tracking:
-        accelerator.init_trackers(config.name, config={"digest": config.digest})
-    for stage, run, source in todo.stages:
-        quarantine = run_stage(accelerator, todo, stage, run, source, folder, quiet=quiet)
-        adapters.merge(todo.encoder.backbone)
-        if accelerator.is_main_process:
-            save_stage(todo.encoder, folder.path / stage.name)
-            folder.stage_done(stage.name, bad_rows=dict(quarantine.reasons))
+    folder = RunFolder(config.folder, Origin.of(config, accelerator.num_processes), recipe, accelerator.is_main_process)
+    folder.find(overwrite=overwrite, new_run=new_run, from_step=from_step, inexact=inexact)
+    encoder = open_encoder(config, recipe, folder.last)
+    with closing(folder), Signals() as signals, explained(accelerator):
+        folder.begin(Fingerprint().of([], encoder.backbone.state_dict()) if accelerator.is_main_process else "")
         accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        folder.complete()
-    accelerator.end_training()
-    AcceleratorState._reset_state()
+        _open_trackers(accelerator, config, folder.path)
+        running = Running(accelerator, Plan(config, recipe, encoder, stages), folder, signals, evaluate, quiet)
+        ended: Stopped | None = None
+        try:
+            running.stages()
+        except Stopped as stopped:
+            ended = stopped.with_traceback(None)
+    _end(accelerator)
+    if ended:
+        raise ended
     return folder.path
 
 
-def run_stage(
-    accelerator: Accelerator, todo: Plan, stage: Stage, run: StageRun, source: Source, folder: RunFolder, *, quiet: bool = False
-) -> Quarantine:
-    """Train one stage to its end; the encoder's backbone holds the result. Returns the account of bad rows."""
-    config, encoder = todo.config, todo.encoder
-    share, rest = divmod(run.batch, accelerator.num_processes)
-    if rest:
-        raise ConfigError(f"stages.{stage.name}.batch={run.batch} does not divide by {accelerator.num_processes} processes")
-    model, optimizer, scheduler = _prepare(accelerator, config, encoder.backbone, run)
-    start = accelerator.process_index
-    # Each rank takes every n-th sample of the one global order.
-    data = StageData(source, encoder.preparer, stage, config.seed, range(start, run.steps * run.batch, accelerator.num_processes))
-    quarantine = Quarantine((run.data or config.data).max_bad, len(source))
-    reporter = Reporter(folder.metrics, stage.name, run.steps, accelerator, quiet=quiet, every=run.log_every)
-    model.train()
-    with reporter:
-        for step, samples in enumerate(batches(data, share, config.workers)):
-            began = time.perf_counter()
-            for sample in samples:
-                quarantine.add(sample)
+@dataclass
+class Running:
+    """A run under way: the stages that are left, one after the other, with checkpoints and evaluation between their steps."""
+
+    accelerator: Accelerator
+    todo: Plan
+    folder: RunFolder
+    signals: Signals
+    evaluate: Evaluate | None
+    quiet: bool
+
+    def stages(self) -> None:
+        """Train what is left to its end."""
+        left = [planned for planned in self.todo.stages if planned[0].name not in self.folder.done]
+        for number, (stage, run, mixture) in enumerate(left):
+            if number:
+                self.todo.encoder = open_encoder(self.todo.config, self.todo.recipe, self.folder.last)
+            self._finish(stage, self._train(stage, run, mixture))
+        self._on_main(self.folder.complete)
+
+    def _train(self, stage: Stage, run: StageRun, mixture: Mixture) -> Live:
+        config, encoder, accelerator = self.todo.config, self.todo.encoder, self.accelerator
+        rank, ranks = accelerator.process_index, accelerator.num_processes
+        if run.batch % ranks:
+            raise ConfigError(f"stages.{stage.name}.batch={run.batch} does not divide by {ranks} processes")
+        seed_step(config.seed, stage.name, -1, 0)  # new adapters begin equal on all processes, and after a restart
+        live = self._live(stage, run, Quarantine((run.data or config.data).max_bad, len(mixture)))
+        data = StageData(mixture, encoder.preparer, stage, seed=config.seed, batch=run.batch, rank=rank, ranks=ranks)
+        with live.reporter, compiled_layers(encoder.backbone, config.compile):
+            self._settle(live, stage, run, data)
+            if self.folder.checkpoint and self.folder.checkpoint.stage == stage.name:
+                live.restore(self.folder.checkpoint)
+            saved = live.step
+            for samples in batches(data, live.step, run.steps, config.workers):
+                if code := self.signals.agreed(accelerator):
+                    self._stop(live, stage, code, saved)
+                self._step(live, stage, run, samples)
+                with live.reporter.pause():
+                    score = self._score(live, stage, run)
+                    if score is not None or (config.save_every and live.step % config.save_every == 0 and live.step < run.steps):
+                        self._save(live, stage, score)
+                        saved = live.step
+        return live
+
+    def _live(self, stage: Stage, run: StageRun, quarantine: Quarantine) -> Live:
+        model, temperature, optimizer, scheduler = _prepare(self.accelerator, self.todo.config, self.todo.encoder.backbone, stage, run)
+        fit_layers(self.accelerator, self.todo.config, self.todo.encoder.backbone, stage, run)
+        reporter = Reporter(self.folder.metrics, stage.name, run.steps, self.accelerator, quiet=self.quiet, every=run.log_every)
+        reporter.peak = self.todo.config.peak_tflops
+        model.train()
+        modules = {"model": model} | ({"temperature": temperature} if temperature else {})
+        return Live(self.accelerator, modules, optimizer, scheduler, quarantine, reporter)
+
+    def _settle(self, live: Live, stage: Stage, run: StageRun, data: StageData) -> None:
+        """Do the first batch for nothing: DDP orders its buckets anew after one, and by that order sums over three processes round."""
+        model, accelerator = live.modules["model"], self.accelerator
+        if accelerator.num_processes > 2 and isinstance(model, DistributedDataParallel):
+            seed = seed_step(self.todo.config.seed, stage.name, 0, accelerator.process_index)
+            _step(accelerator, model, data[0], stage, run, seed, live.modules.get("temperature"))
+            live.optimizer.zero_grad()
+
+    def _step(self, live: Live, stage: Stage, run: StageRun, samples: Sequence[Sample]) -> None:
+        accelerator, began = self.accelerator, time.perf_counter()
+        seed = seed_step(self.todo.config.seed, stage.name, live.step, accelerator.process_index)
+        for sample in samples:
+            live.quarantine.add(sample)
+        model = live.modules["model"]
+        try:
+            result = _step(accelerator, model, samples, stage, run, seed, live.modules.get("temperature"))
+            norm = accelerator.clip_grad_norm_(live.optimizer.param_groups[0]["params"], run.optim.clip)
+            check_finite(torch.as_tensor(norm), "gradient norm")
+        except TrainingError as error:
+            where = f"stage {stage.name}, step {live.step + 1}, rows {[(sample.source, sample.row) for sample in samples]}"
+            raise TrainingError(f"{where}: {error}") from error
+        live.optimizer.step()
+        rate = live.scheduler.get_last_lr()[0]
+        live.scheduler.step()
+        live.optimizer.zero_grad()
+        flop = useful_flops(self.todo.config, self.todo.encoder.backbone, stage, samples)
+        live.reporter.step(live.step, result, float(norm), rate, live.quarantine, time.perf_counter() - began, flop)
+        live.step += 1
+
+    def _score(self, live: Live, stage: Stage, run: StageRun) -> float | None:
+        """Evaluate where it is due, on every process alike because a sharded model needs them all."""
+        wanted = self.todo.config.evaluate
+        if wanted is None or self.evaluate is None or stage != self.todo.recipe.encoding:
+            return None
+        if live.step % wanted.every and live.step < run.steps:
+            return None
+        model = live.modules["model"].eval()
+        scores = dict(self.evaluate(self.todo.encoder))
+        model.train()
+        live.reporter.evaluation(live.step, scores)
+        return choose(scores, wanted.metric)
+
+    def _save(self, live: Live, stage: Stage, score: float | None) -> None:
+        live.reporter.sync()
+        parts = live.gather()
+        self._on_main(lambda: self.folder.save(stage.name, live.step, *parts, score))
+
+    def _stop(self, live: Live, stage: Stage, code: int, saved: int) -> None:
+        if live.step > saved:
+            self._save(live, stage, None)
+        raise Stopped(f"a signal ended the run after step {live.step} of stage {stage.name}; the same command goes on from there", code)
+
+    def _finish(self, stage: Stage, live: Live) -> None:
+        """Save the model of a stage, and that of its best checkpoint."""
+        account = Quarantine.merged(gather_object([live.quarantine]))
+        model = self.accelerator.unwrap_model(live.modules["model"])
+        sharded = isinstance(model, FSDPModule)
+        weights = live.gather()[0] if sharded else {}
+        self.accelerator.free_memory()
+
+        def save() -> None:
+            top = self.folder.best(stage.name)
+            if top:
+                self._write(self._rebuilt(stage, top.tensors(WEIGHTS)), "best")
+            self._write(self._rebuilt(stage, weights) if sharded else self.todo.encoder, stage.name)
+            best = {"stage": stage.name, "step": top.step, "score": top.score} if top else None
+            self.folder.stage_done(stage.name, dict(account.reasons), best)
+
+        self.todo.encoder.backbone = model
+        self._on_main(save)
+        self.folder.checkpoint = None
+        self.folder.done = broadcast_object_list([self.folder.done])[0]
+
+    def _write(self, encoder: Encoder, name: str) -> None:
+        adapters.merge(encoder.backbone)
+        encoder.backbone.eval()
+        with atomic_folder(self.folder.path / name) as aside:
+            save_stage(encoder, aside)
+
+    def _rebuilt(self, stage: Stage, weights: Tensors) -> Encoder:
+        """The stage's first model with what was trained put into it."""
+        encoder = open_encoder(self.todo.config, self.todo.recipe, self.folder.last)
+        open_parameters(self.todo.config, encoder.backbone, stage)
+        mine = {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
+        load_weights(adapters.trainable(encoder.backbone), mine, "checkpoint")
+        return encoder
+
+    def _on_main(self, action: Callable[[], object]) -> None:
+        """Do something on the first process; where it fails there, it fails on all, so that none waits for ever."""
+        problem: ComatchError | None = None
+        if self.accelerator.is_main_process:
             try:
-                result = _step(accelerator, model, samples, stage, run, seed=config.seed + step * 1_000_003)
-                norm = accelerator.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], run.optim.clip)
-                check_finite(torch.as_tensor(norm), "gradient norm")
-            except TrainingError as error:
-                where = f"stage {stage.name}, step {step + 1}, rows {[sample.row for sample in samples]} of {source.name}"
-                raise TrainingError(f"{where}: {error}") from error
-            optimizer.step()
-            rate = scheduler.get_last_lr()[0]
-            scheduler.step()
-            optimizer.zero_grad()
-            reporter.step(step, result, float(norm), rate, quarantine.count, time.perf_counter() - began)
-    accelerator.free_memory()
-    encoder.backbone = accelerator.unwrap_model(model)
-    encoder.backbone.eval()
-    return quarantine
+                action()
+            except ComatchError as error:
+                problem = error
+        told = broadcast_object_list([problem and str(problem)])[0]
+        if told:
+            raise problem or TrainingError(told)
 
 
-def save_stage(encoder: Encoder, path: Path) -> None:
-    """Save an embedding model, or a plain VLM where the recipe has no pooling."""
-    if encoder.recipe.encoding is not None:
-        encoder.save(path)
-        return
-    path.mkdir(parents=True, exist_ok=True)
-    for part in (encoder.backbone.hf, encoder.backbone.tokenizer, encoder.backbone.processor):
-        part.save_pretrained(path)
+def check_evaluation(config: RunConfig, recipe: Recipe, evaluate: Evaluate | None) -> None:
+    """Raise ConfigError where evaluation is asked for and cannot be had, or the other way round."""
+    if (config.evaluate is None) != (evaluate is None):
+        given = "none was passed" if evaluate is None else "one was passed"
+        raise ConfigError(f"evaluate in the config and the function evaluate=... go together: the config has {config.evaluate}, {given}")
+    if config.evaluate and (recipe.encoding is None or recipe.encoding.name not in config.stages):
+        stage = recipe.encoding.name if recipe.encoding else "a stage with a pooling"
+        raise ConfigError(f"evaluate has no effect, because {stage} of recipe {recipe.name!r} is not trained here; remove it")
 
 
-def nano_texts() -> list[str]:
-    """What the nano tokenizer learns its words from: scene texts, and English from Python's own help pages for everything else."""
-    from pydoc_data.topics import topics
+def choose(scores: Mapping[str, float], metric: str) -> float:
+    """One of the scores, or the mean of all. Raises ConfigError for an unknown name, TrainingError for a score that is no number."""
+    if metric != "mean" and metric not in scores:
+        raise ConfigError(f"evaluate.metric is {metric!r}; the scores are mean, {', '.join(scores)}")
+    score = sum(scores.values()) / len(scores) if metric == "mean" and "mean" not in scores else scores[metric]
+    if not math.isfinite(score):
+        raise TrainingError(f"the evaluation's {metric} is {score}, so no best can be chosen; look at {dict(scores)}")
+    return float(score)
 
-    scenes = [scene(0, i) for i in range(2000)]
-    texts = [text for i, s in enumerate(scenes) for text in (s.dense_caption(), s.caption(i), s.describe(i)[0])]
-    texts += [f"{question}\n{answer}" for i, s in enumerate(scenes) for question, answer, _ in s.dialogue(i, 9)]
-    return texts + [topics[name] for name in sorted(topics)]
 
-
-def _prepare(accelerator: Accelerator, config: RunConfig, backbone: Backbone, run: StageRun) -> tuple[nn.Module, Any, Any]:
-    open_parameters(config, backbone)
+def _prepare(
+    accelerator: Accelerator, config: RunConfig, backbone: Backbone, stage: Stage, run: StageRun
+) -> tuple[nn.Module, Temperature | None, Any, Any]:
+    open_parameters(config, backbone, stage)
     params = list(adapters.trainable(backbone).values())
     o = run.optim
     optimizer = torch.optim.AdamW(params, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
     model, optimizer = accelerator.prepare(backbone, optimizer)
-    return model, optimizer, schedule(optimizer, o, run.steps)
+    temperature = Temperature(run.loss).to(accelerator.device) if "contrastive" in stage.objectives else None
+    if temperature:
+        temperature.join(optimizer, o)
+    return model, temperature, optimizer, schedule(optimizer, o, run.steps)
 
 
 def schedule(optimizer: Any, optim: OptimConfig, steps: int) -> Any:
@@ -207,22 +290,34 @@ def schedule(optimizer: Any, optim: OptimConfig, steps: int) -> Any:
     return get_cosine_schedule_with_warmup(optimizer, warmup, steps)
 
 
-def _step(accelerator: Accelerator, model: nn.Module, samples: Sequence[Sample], stage: Stage, run: StageRun, seed: int) -> StepResult:
+def _step(
+    accelerator: Accelerator, model: nn.Module, samples: Sequence[Sample], stage: Stage, run: StageRun, seed: int, temperature: Any = None
+) -> StepResult:
     if "contrastive" in stage.objectives:
-        queries, targets = zip(*(sample.examples for sample in samples), strict=True)
-        return contrastive_step(
-            accelerator,
-            model,
-            queries,
-            targets,
-            stage,
-            run.tokens_per_pass,
-            temperature=run.temperature,
-            symmetric=run.symmetric,
-            seed=seed,
-        )
+        return contrastive_step(accelerator, model, samples, stage, run, seed=seed, temperature=temperature)
     examples = [sample.examples[0] for sample in samples]
-    return token_step(accelerator, model, examples, stage, run.tokens_per_pass, run.batch)
+    return token_step(accelerator, model, examples, stage, run.tokens_per_pass, run.batch, run.patches_per_pass)
+
+
+def _open_trackers(accelerator: Accelerator, config: RunConfig, path: Path) -> None:
+    if not config.tracking:
+        return
+    accelerator.project_configuration.set_directories(str(path))
+    try:
+        accelerator.init_trackers(config.name, config={"digest": config.digest})
+    except Exception as error:  # noqa: BLE001 - a tracker is other people's code and network; no run is lost to it
+        accelerator.trackers = []
+        warnings.warn(f"the tracker did not start ({error!r}); training goes on without it", stacklevel=2)
+
+
+def _end(accelerator: Accelerator) -> None:
+    # Gloo's group must not outlive itself in a model of DDP: whoever frees that last waits for a thread that waits for it.
+    accelerator.free_memory()
+    try:
+        accelerator.end_training()
+    except Exception as error:  # noqa: BLE001 - as above
+        warnings.warn(f"the tracker did not end well ({error!r})", stacklevel=2)
+    AcceleratorState._reset_state()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
