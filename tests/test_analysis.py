@@ -86,6 +86,7 @@ def test_a_blind_compression_is_found(folder_of: Folders, family: str, monkeypat
     encoder, right = load(folder_of, family), base.dense
     blind = Visibility(("context", "compression", "dialogue"), ("c..", ".c.", ".cc"))
     monkeypatch.setattr(base, "dense", lambda roles, rows, _: right(roles, rows, blind))
+    monkeypatch.setattr(base.Backbone, "dense_mask", True)
     report = mask_check(encoder, DIALOGUES[:2])
     assert (report.leak == 0).all() and report.gradient == 0
     assert [fault.split(":")[0] for fault in report.faults] == ["no gradient from the answers to the picture (0)"]
@@ -98,7 +99,7 @@ def test_recorded_weights_are_the_models_attention(folder_of: Folders, family: s
     gaps: list[float] = []
 
     def wrap(inner: Callable[..., Any]) -> Callable[..., Any]:
-        assert inner is attention.masked
+        assert inner is attention.text and encoder.backbone.dense_mask
 
         def record(module: Any, query: Any, key: Any, value: Any, mask: Any, **rest: Any) -> Any:
             out, nothing = inner(module, query, key, value, mask, **rest)
@@ -113,6 +114,7 @@ def test_recorded_weights_are_the_models_attention(folder_of: Folders, family: s
 
         return record
 
+    encoder.backbone.dense_mask = True
     with torch.no_grad():
         plain = encoder.backbone(batch, stage.visibility)
         with attending(encoder.backbone, wrap):

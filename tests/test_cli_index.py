@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +16,8 @@ from comatch.core.batch import Example
 from comatch.data.items import read_items
 from comatch.encoder import Encoder
 from comatch.errors import ImageError, SearchError
-from comatch.recipes import load_recipe
 from comatch.search.index import Index
 from comatch.search.update import update
-
-
-@pytest.fixture(scope="module")
-def model(folder_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved encoder with random weights."""
-    encoder = Encoder.load(folder_of("qwen2_5_vl"), recipe=load_recipe("coma").with_tokens(4))
-    return encoder.save(tmp_path_factory.mktemp("cli") / "model")
-
-
-@pytest.fixture(scope="module")
-def encoder(model: Path) -> Encoder:
-    return Encoder.load(model)
-
-
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    folder = tmp_path / "pictures"
-    draw(folder, range(6))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +34,9 @@ def forwarded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     plain = Encoder.forward
 
-    def counting(self: Encoder, examples: Sequence[Example]) -> Any:
+    def counting(self: Encoder, examples: Sequence[Example], *rest: Any) -> Any:
         counts.append(len(examples))
-        return plain(self, examples)
+        return plain(self, examples, *rest)
 
     monkeypatch.setattr(Encoder, "forward", counting)
     return counts
@@ -216,6 +196,30 @@ def test_update_itself_refuses_another_encoder(other: Path, pictures: Path, tmp_
     index = Index.create(tmp_path / "index", "some other", 32)
     with pytest.raises(SearchError, match="some other"):
         update(index, Encoder.load(other), read_items(pictures))
+
+
+def test_search_shows_what_a_person_reads_of_a_row(model: Path, pictures: Path, tmp_path: Path) -> None:
+    """A label stands beside the vector and has no part in it; without a table there is none."""
+    table = tmp_path / "t.csv"
+    table.write_text("id,file,label,tags\n" + "".join(f"r{i},pictures/s{i}.png,scene {i},{'tag ' * 30}{i}\n" for i in range(6)))
+    plain, picture = tmp_path / "plain", pictures / "s2.png"
+    run("index", model, pictures, "--out", plain)
+    for args, label in (((), "scene 2"), (("--label-column", "tags"), "tag " * 30 + "2")):
+        index = tmp_path / f"index{len(args)}"
+        assert run("index", model, table, "--image-column", "file", "--out", index, *args).code == 0
+        hits = run("search", index, "--image", picture, "--json").objects
+        assert (hits[0]["id"], hits[0]["label"]) == ("r2", label)
+        line = run("search", index, "--image", picture, "-k", 1).out.splitlines()[1]
+        assert line.split(maxsplit=4)[3:] == ["r2", label if len(label) <= 60 else label[:57] + "..."]
+        bare = run("search", plain, "--image", picture, "--json").objects
+        assert [hit["score"] for hit in bare] == [hit["score"] for hit in hits] and "label" not in bare[0]
+    again = run("index", model, table, "--image-column", "file", "--out", index, "--json").objects[0]
+    assert (again["changed"], again["encoded"]) == (6, 0), "another label costs no encoding"
+    both = run("index", model, table, "--image-column", "file", "--text-column", "label", "--out", tmp_path / "both")
+    assert both.code == 0 and "label" not in run("search", tmp_path / "both", "scene", "--json").objects[0]
+    for source in (table, pictures):
+        ran = run("index", model, source, "--out", tmp_path / "none", "--label-column", "titel")
+        assert ran.code == cli.FAILED and "'titel'" in ran.err and not (tmp_path / "none").exists()
 
 
 def test_texts_in_an_index(model: Path, encoder: Encoder, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ LEVELS = (
     # floor 2
     ("backbones", "data", "render"),
     # floor 3
-    ("prepare",),
+    ("prepare", "card"),
     ("encoder",),
     # floor 4
     ("training", "synthesis", "evaluation", "analysis", "search", "export"),

@@ -51,6 +51,7 @@ def test_search_equals_a_plain_loop(index: Index, monkeypatch: pytest.MonkeyPatc
             assert hit.score == pytest.approx(scores[order[rank]], abs=1e-6)
             assert hit.margin == pytest.approx(scores[order[rank]] - scores[order[rank + 1]], abs=1e-6)
             assert hit.percentile == pytest.approx(100 * (50 - 1 - rank) / 50)
+            assert json.dumps([hit.score, hit.margin]) == json.dumps([round(hit.score, 6), round(hit.margin or 0, 6)]), "float noise"
             assert hit.row["text"] == f"row {order[rank]}"
     assert len({tuple(h.id for h in hits) for hits in index.search_many(queries)}) > 1, (
         "all queries found the same"

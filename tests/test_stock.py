@@ -113,7 +113,7 @@ def test_a_flash_name_gets_all_segments_in_one_call_per_layer(stock: Any) -> Non
     plain = recorder("test_plain", sdpa_attention_forward)
     expected = look(stock, "test_plain", pixels)
     assert len(plain) > depth * len(GRIDS) if stock.config.model_type == "qwen2_5_vl" else len(plain) == depth * len(GRIDS)
-    grouped = recorder("test_flash_name", attention.segments)
+    grouped = recorder("test_flash_name", attention.vision)
     found = look(stock, "test_flash_name", pixels)
     assert len(grouped) == depth
     for call in grouped:
@@ -130,7 +130,7 @@ def test_our_vision_attention_is_stock_sdpa(stock: Any) -> None:
     torch.testing.assert_close(look(stock, attention.VISION, pixels), expected, atol=1e-5, rtol=1e-5)
 
     def one_segment(*args: Any, cu_seq_lens_q: torch.Tensor, **kwargs: Any) -> Any:
-        return attention.segments(*args, cu_seq_lens_q=cu_seq_lens_q[[0, -1]], **kwargs)
+        return attention.vision(*args, cu_seq_lens_q=cu_seq_lens_q[[0, -1]], **kwargs)
 
     AttentionInterface.register("test_flash_leaking", one_segment)
     assert (look(stock, "test_flash_leaking", pixels) - expected).abs().max() > 1e-3, "pictures that see each other differ"

@@ -124,7 +124,7 @@ def mask_check(encoder: Encoder, dialogues: Sequence[Dialogue]) -> MaskReport:
     cut: list[float] = []
     for chosen in budget([len(example) for example in examples], TOKENS):
         batch = collate([examples[i] for i in chosen]).to(encoder.backbone.device)
-        with torch.no_grad(), attending(encoder.backbone, watch.recorder(batch)):
+        with torch.no_grad(), attending(encoder.backbone, watch.recorder(batch), dense_mask=True):
             encoder.backbone(batch, stage.visibility)
         free += _gradients(encoder.backbone, batch, stage, promise)
         with attending(encoder.backbone, _without(batch, promise.through)):
@@ -157,16 +157,16 @@ def attention_weights(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor
 
 
 @contextmanager
-def attending(backbone: Backbone, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """Inside the block the language model's attention is `wrap(the function it has)`."""
+def attending(backbone: Backbone, wrap: Callable[[Callable[..., Any]], Callable[..., Any]], dense_mask: bool = False) -> Iterator[None]:
+    """Inside the block the language model's attention is `wrap(the function it has)`; with `dense_mask` it is called with the mask."""
     config = backbone.text.config
-    before = config._attn_implementation
-    AttentionInterface.register(_NAME, wrap(ALL_ATTENTION_FUNCTIONS[before]))
-    config._attn_implementation = _NAME
+    before = config._attn_implementation, backbone.dense_mask
+    AttentionInterface.register(_NAME, wrap(ALL_ATTENTION_FUNCTIONS[before[0]]))
+    config._attn_implementation, backbone.dense_mask = _NAME, dense_mask or before[1]
     try:
         yield
     finally:
-        config._attn_implementation = before
+        config._attn_implementation, backbone.dense_mask = before
 
 
 class _Watch:

@@ -49,8 +49,10 @@ def command(
 
 
 def _plain(score: Score) -> dict[str, Any]:
+    """A score for JSON, to six decimals: a millionth is below the interval of any task."""
     values = {field.name: getattr(score, field.name) for field in fields(score) if field.name != "hits"}
-    return {**values, "recall": dict(score.recall)}
+    values = {name: round(value, 6) if isinstance(value, float) else value for name, value in values.items()}
+    return {**values, "recall": {k: round(share, 6) for k, share in score.recall.items()}}
 
 
 def _table(scores: list[Score]) -> list[str]:

@@ -25,6 +25,9 @@ def command(
     out: Annotated[Path, typer.Option(help="The index: a new folder, or one made here before.")],
     text_column: common.TextColumn = None,
     image_column: common.ImageColumn = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="The column of a table that `comatch search` shows beside the id.")
+    ] = None,
     batch_tokens: common.BatchTokens = 8192,
     as_json: common.AsJson = False,
 ) -> None:
@@ -34,9 +37,11 @@ def command(
     listed, with exit code 3.
     """
     items = common.open_items(source, text_column, image_column)
+    from comatch.data.items import read_labels
     from comatch.search.index import Index
     from comatch.search.update import update
 
+    labels = read_labels(source, label_column)
     encoder = common.load(model)
     where = str(Path(model).resolve()) if Path(model).is_dir() else model
     folder = source != "-" and Path(source).is_dir()
@@ -47,7 +52,7 @@ def command(
     with index, common.bar("index", source) as step:
         done = update(
             index, encoder, items, source=source if source == "-" else str(Path(source).resolve()),
-            prune=folder, batch_tokens=batch_tokens, progress=lambda done: step(advance=done),
+            labels=labels, prune=folder, batch_tokens=batch_tokens, progress=lambda done: step(advance=done),
         )  # fmt: skip
         held = len(index)
     if as_json:

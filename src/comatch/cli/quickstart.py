@@ -19,8 +19,7 @@ _MATCH = {
     "steps": 150,
     "batch": 64,
     "tokens_per_pass": 16384,
-    "temperature": 0.05,
-    "symmetric": True,
+    "loss": {"temperature": 0.05, "symmetric": True},
     "data": {"source": "scenes", "limit": 4000, "columns": {"direction": "image-to-text"}},
     "optim": {"lr": 5e-4, "betas": (0.9, 0.98)},
 }

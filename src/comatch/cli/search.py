@@ -15,6 +15,8 @@ from comatch.cli import _items as common
 if TYPE_CHECKING:
     from comatch.search.index import Hit
 
+_SHOWN = 60
+
 
 def command(
     folder: Annotated[Path, typer.Argument(metavar="INDEX", help="A folder that `comatch index` made.")],
@@ -73,6 +75,9 @@ def _table(query: str, hits: list[Hit], *, titled: bool) -> Iterator[str]:
     if titled:
         yield f"# {common.plain(query)}"
     yield "rank   score  margin  id"
+    wide = max(len(hit.id) for hit in hits) if hits else 0
     for hit in hits:
         margin = "     -" if hit.margin is None else f"{hit.margin:6.4f}"
-        yield f"{hit.rank:>4}  {hit.score:6.4f}  {margin}  {common.plain(hit.id)}"
+        told = str(hit.row.get("label") or hit.row.get("text") or "")
+        told = told if len(told) <= _SHOWN else f"{told[: _SHOWN - 3]}..."
+        yield f"{hit.rank:>4}  {hit.score:6.4f}  {margin}  {common.plain(hit.id):<{wide}}  {common.plain(told)}".rstrip()

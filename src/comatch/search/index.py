@@ -28,8 +28,8 @@ class Hit:
 
     rank        1 is the best
     score       cosine of query and row, to six decimals
-    margin      how far the score lies above that of the next rank; None for the last row of the index
-    percentile  share of the index, in percent, that scores lower
+    margin      how far the score lies above that of the next rank, to six decimals; None for the last row
+    percentile  share of the index, in percent, that scores lower, to four decimals
     row         what was stored beside the vector: text, image, digest, ...
     """
 
@@ -214,9 +214,9 @@ class Index:
         best = best[np.argsort(-scores[best], kind="stable")][:kept]
         hits = []
         for rank, at in enumerate(best[:k], start=1):
-            score = float(scores[at])
-            margin = score - float(scores[best[rank]]) if rank < kept else None
-            percentile = 100 * int(np.searchsorted(ordered, scores[at])) / len(scores)
+            score = round(float(scores[at]), 6)
+            margin = round(score - float(scores[best[rank]]), 6) if rank < kept else None
+            percentile = round(100 * int(np.searchsorted(ordered, scores[at])) / len(scores), 4)
             hits.append(Hit(rank, ids[at], score, margin, percentile, self._rows[ids[at]]))
         return hits
 

@@ -7,7 +7,7 @@ names or times: a renamed or copied picture takes the vector that is there, an e
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,13 +44,15 @@ def update(
     items: Iterable[Item],
     *,
     source: str = "",
+    labels: Mapping[str, str] | None = None,
     prune: bool = False,
     batch_tokens: int = 8192,
     progress: Callable[[int], None] | None = None,
 ) -> Report:
-    """Add what `read_items` yields to an index of this encoder. Rows hold digest, source, text, image path.
+    """Add what `read_items` yields to an index of this encoder. Rows hold digest, source, text, image path, label.
 
     source: where the items come from. An id that belongs to another source, which still exists, is refused.
+    labels: by id, what a person reads of an item, as from `read_labels`; it has no part in the vector.
     prune: also remove rows of this source that `items` does not name, as for a whole folder; those below a
     folder that cannot be read stay. progress: called with the number of items done.
 
@@ -62,7 +64,7 @@ def update(
             f"the index was made by encoder {index.fingerprint}, this one is {encoder.fingerprint}: their "
             "vectors do not compare; load the encoder that made it, or make a new index in another folder"
         )
-    run = _Update(index, source, progress or (lambda n: None))
+    run = _Update(index, source, labels or {}, progress or (lambda n: None))
     new = run.new(items)
     for found in encoder.stream(
         new, dim=index.dim, batch_tokens=batch_tokens, on_error="mark", progress=run.progress
@@ -94,8 +96,8 @@ class _Update:
     ready     ids, rows and vectors to be stored
     """
 
-    def __init__(self, index: Index, source: str, progress: Callable[[int], None]) -> None:
-        self.index, self.progress, self.report = index, progress, Report()
+    def __init__(self, index: Index, source: str, labels: Mapping[str, str], progress: Callable[[int], None]) -> None:
+        self.index, self.labels, self.progress, self.report = index, labels, progress, Report()
         self.sources, self.source = {source}, source
         self.kept: set[str] = set()
         self.held = {index.get(id).get("digest"): id for id in index}
@@ -184,6 +186,8 @@ class _Update:
         row = {"id": id, "digest": content, "source": self.source}
         if item.text:
             row["text"] = item.text
+        if self.labels.get(id, item.text) != item.text:
+            row["label"] = self.labels[id]
         paths = [image.source for image in item.images if isinstance(image.source, Path)]
         if paths:
             row["image"] = str(paths[0])
