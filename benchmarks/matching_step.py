@@ -18,20 +18,20 @@ Needs sentence-transformers: pip install 'comatch[st]'.
 from __future__ import annotations
 
 import argparse
-import json
 import resource
-import time
+import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from encode import RECIPE, ROOT, Item, Stock, machine, make_items, middle
+from encode import RECIPE, Item, Stock, make_items, middle
+from measure import RESULTS, compare, difference, machine, ratio, told, write
 from peft import LoraConfig, get_peft_model
 from PIL import Image as PILImage
 from sentence_transformers import SentenceTransformer
@@ -162,16 +162,7 @@ def files(items: list[Item], folder: Path) -> list[Item]:
     return items
 
 
-def difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
-    """Largest difference of two gradients, as a share of the largest entry."""
-    mine = {name.removeprefix("hf."): value for name, value in ours.items()}
-    if mine.keys() != theirs.keys():
-        raise SystemExit(f"gradients of other parameters: {sorted(mine.keys() ^ theirs.keys())[:4]}")
-    scale = max(float(value.abs().max()) for value in mine.values())
-    return max(float((mine[name] - theirs[name]).abs().max()) for name in mine) / scale
-
-
-def compare(name: str, encoder: Encoder, pairs: int, sides: tuple[int, int], tokens: int, rounds: int) -> dict[str, Any]:
+def measure(name: str, encoder: Encoder, pairs: int, sides: tuple[int, int], tokens: int, rounds: int) -> dict[str, Any]:
     """Time one model in all ways. Stops where a loss or a gradient differs."""
     with TemporaryDirectory() as scratch:
         items = files(make_items(2 * pairs, sides), Path(scratch))
@@ -199,7 +190,14 @@ def compare(name: str, encoder: Encoder, pairs: int, sides: tuple[int, int], tok
         "tokens_per_pass": tokens,
         "ways": agreement(name, steps, encoder, padded),
     }
-    return judged(record, timed(steps, [encoder.backbone, padded.model], rounds))
+    return judged(record, compare({way: partial(once, step, [encoder.backbone, padded.model]) for way, step in steps.items()}, rounds))
+
+
+def once(step: Step, models: Sequence[nn.Module]) -> None:
+    """One step whose gradients are forgotten."""
+    step()
+    for model in models:
+        model.zero_grad()
 
 
 def same_adapter(ours: nn.Module, theirs: nn.Module) -> None:
@@ -220,44 +218,25 @@ def agreement(name: str, steps: dict[str, Step], encoder: Encoder, padded: Padde
     for way, step in steps.items():
         loss = step()
         if way == "comatch":
-            expected = taken(encoder.backbone)
+            expected = {name.removeprefix("hf."): value for name, value in taken(encoder.backbone).items()}
             if not max(float(value.abs().max()) for value in expected.values()) > 1e-6:
                 raise SystemExit(f"{name}: the gradients are near zero, so their equality says nothing")
             found[way] = {"loss": loss}
             continue
-        off = difference(expected, padded.gradients())
-        found[way] = {"loss": loss, "gradient_difference": off}
-        if off > AGREE or abs(loss - found["comatch"]["loss"]) > AGREE * loss:
+        off = difference(padded.gradients(), expected)
+        found[way] = {"loss": loss, "gradients": off}
+        if off["difference"] > AGREE or abs(loss - found["comatch"]["loss"]) > AGREE * loss:
             losses = f"losses are {loss:.6f} and {found['comatch']['loss']:.6f}"
-            raise SystemExit(f"{name}, {way}: gradients differ by {off:.2g}, {losses}; no ratio")
+            raise SystemExit(f"{name}, {way}: gradients differ by {off['difference']:.2g}, {losses}; no ratio")
     return found
-
-
-def timed(steps: dict[str, Step], models: Sequence[nn.Module], rounds: int) -> dict[str, list[float]]:
-    """Wall seconds of every way in every round; the way that begins changes from round to round."""
-    seconds: dict[str, list[float]] = {way: [] for way in steps}
-    names = list(steps)
-    for i in range(rounds):
-        for way in names[i % len(names) :] + names[: i % len(names)]:
-            began = time.perf_counter()
-            steps[way]()
-            seconds[way].append(time.perf_counter() - began)
-            for model in models:
-                model.zero_grad()
-    return seconds
 
 
 def judged(record: dict[str, Any], seconds: dict[str, list[float]]) -> dict[str, Any]:
     """The record with times, and ratios of medians with their spread."""
-    own = seconds["comatch"]
-    record["own_spread"] = max(own) / min(own)
     for way, times in seconds.items():
-        row = record["ways"][way]
-        row |= {"seconds": times, "median": float(np.median(times))}
+        record["ways"][way] |= {"seconds": times, "median": statistics.median(times)}
         if way != "comatch":
-            each = [a / b for a, b in zip(times, own, strict=True)]
-            row["ratio"] = {"of_medians": row["median"] / record["ways"]["comatch"]["median"], "low": min(each), "high": max(each)}
-            row["ratio"]["above_noise"] = min(each) > 1 and row["ratio"]["of_medians"] > record["own_spread"]
+            record["ways"][way]["ratio"] = ratio(seconds["comatch"], times)
     return record
 
 
@@ -266,12 +245,8 @@ def table(models: dict[str, dict[str, Any]]) -> str:
     lines = ["| model (CPU) | step | seconds | comatch is faster by | largest gradient difference |", "|---|---|---|---|---|"]
     for name, record in models.items():
         for way, row in record["ways"].items():
-            told = ["", ""]
-            if ratio := row.get("ratio"):
-                spread = f"({ratio['low']:.2f}-{ratio['high']:.2f})"
-                told[0] = f"{ratio['of_medians']:.2f}x {spread}" + ("" if ratio["above_noise"] else ", within noise")
-                told[1] = f"{row['gradient_difference']:.1e}"
-            lines.append(f"| {name}, {record['parameters'] / 1e6:.1f}M | {way} | {row['median']:.2f} | {told[0]} | {told[1]} |")
+            found = [told(row["ratio"]), f"{row['gradients']['difference']:.1e}"] if "ratio" in row else ["", ""]
+            lines.append(f"| {name}, {record['parameters'] / 1e6:.1f}M | {way} | {row['median']:.2f} | {found[0]} | {found[1]} |")
     return "\n".join(lines)
 
 
@@ -285,7 +260,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="nano only, 2 rounds of 16 pairs: proves that it works, measures nothing")
     args = parser.parse_args()
     rounds, pairs, tokens = (2, 16, 512) if args.quick else (args.rounds, args.pairs, args.tokens)
-    out = args.out or (None if args.quick else ROOT / "benchmarks" / "results" / "matching_step.json")
+    out = args.out or (None if args.quick else RESULTS / "matching_step.json")
     logging.disable_progress_bar()
     here = machine()
     here["packages"] |= {name: version(name) for name in ("sentence-transformers", "peft", "accelerate")}
@@ -297,15 +272,11 @@ def main() -> None:
         if not args.quick:
             models["random-middle"] = (lambda: middle(Path(scratch) / "middle"), (100, 320))
         for name, (load, sides) in models.items():
-            record["models"][name] = compare(name, load(), pairs, sides, tokens, rounds)
+            record["models"][name] = measure(name, load(), pairs, sides, tokens, rounds)
     record["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     print(f"CPU figures: {here['threads']} threads, load {here['load_before']:.1f} before, {here['processor']}")
     print(table(record["models"]))
-    if out is None:
-        print("--quick: too short to mean anything, nothing written")
-        return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=1))
+    write(record, out)
 
 
 if __name__ == "__main__":
