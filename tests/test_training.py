@@ -163,17 +163,17 @@ def test_run_folders_are_never_overwritten_by_accident(folder_of: Folders, tmp_p
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(folder_of: Folders, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     states: list[dict[str, torch.Tensor]] = []
-    real = loop._step
+    real = loop.take_step
 
-    def poisoned(accelerator: Any, model: Any, *rest: Any) -> Any:
+    def poisoned(accelerator: Any, model: Any, *rest: Any, **named: Any) -> Any:
         states.append({name: p.detach().clone() for name, p in model.named_parameters()})
         states.append(dict(model.named_parameters()))
         if len(states) == 4:
             model.rows.data[0, 0] = float("nan")
             states[2]["rows"][0, 0] = float("nan")
-        return real(accelerator, model, *rest)
+        return real(accelerator, model, *rest, **named)
 
-    monkeypatch.setattr(loop, "_step", poisoned)
+    monkeypatch.setattr(loop, "take_step", poisoned)
     with pytest.raises(TrainingError, match=r"stage compress, step 2, rows \[\('scenes', \d+\).*nothing was updated"):
         loop.train(config(folder_of("qwen2_5_vl"), tmp_path / "run"), quiet=True)
     assert len(states) == 4

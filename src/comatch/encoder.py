@@ -105,7 +105,7 @@ class Encoder:
                     f"{name} has fingerprint {encoder.fingerprint}, and was saved with {card['fingerprint']}: {CARD} was edited, a file is "
                     f"damaged or of another model, or the base ({card['base'] or 'none'}) is another one now; save or fetch it again"
                 )
-        encoder.backbone.eval().to(device or _default_device())
+        encoder.backbone.eval().to(device or default_device())
         return encoder
 
     @property
@@ -208,6 +208,10 @@ class Encoder:
         """
         self.preparer.named = True
         return self.backbone.keep_features(folder, max_bytes=max_bytes, dtype=dtype)
+
+    def encode_prepared(self, examples: Sequence[Example], *, batch_tokens: int = 8192) -> np.ndarray:
+        """Unit vectors of examples that `preparer` made: float32 [n, dim], as by `encode`."""
+        return self._vectors(dict(enumerate(examples)), len(examples), None, 1, batch_tokens, None)
 
     @torch.no_grad()
     def forward(self, examples: Sequence[Example], memory: Memory | None = None, vectors: int = 1) -> torch.Tensor:
@@ -314,5 +318,6 @@ class Encoder:
         self.backbone.rows.data = rows
 
 
-def _default_device() -> str:
+def default_device() -> str:
+    """Where a model goes if nobody says."""
     return "cuda" if torch.cuda.is_available() else "cpu"

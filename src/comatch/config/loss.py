@@ -30,6 +30,8 @@ class LossConfig(Part):
     mask_margin: float | None = Field(default=None, ge=-2, le=2)
     """Candidates whose cosine is above that of the positive by more than this are not negatives; None masks none.
     Without a guide the model judges itself: one that does not rank well yet masks its own mistakes."""
+    guide: str | None = None
+    """A folder with a trained embedding model, made from the same base: its cosines decide what mask_margin masks."""
     hardness: Literal["llave", "focal"] | None = None
     """Weigh negatives by their cosine (llave), or queries by how badly they are answered (focal)."""
     hardness_strength: float | None = Field(default=None, gt=0)
@@ -48,6 +50,8 @@ class LossConfig(Part):
             raise ValueError(f"temperature {self.temperature} is outside temperature_range {[low, high]}; widen the range")
         if not self.learn_temperature:
             self.refuse_changed(("temperature_range", "temperature_lr"), "has no effect without learn_temperature: true; remove it")
+        if self.mask_margin is None:
+            self.refuse_changed(("guide",), "has no effect without mask_margin; remove it, or set mask_margin")
         if self.hardness is None:
             self.refuse_changed(("hardness_strength",), "has no effect without hardness; remove it, or set hardness to 'llave' or 'focal'")
         for name in ("dims", "vectors"):

@@ -35,6 +35,7 @@ from comatch.recipe import Recipe, Stage
 from comatch.training.checkpoint import WEIGHTS, Tensors, atomic_folder
 from comatch.training.faults import explained
 from comatch.training.fit import fit_layers, useful_flops
+from comatch.training.guide import Guide
 from comatch.training.loader import Quarantine, Sample, StageData, batches
 from comatch.training.origin import Origin
 from comatch.training.plan import Plan, open_encoder, open_parameters, save_stage, survey
@@ -42,7 +43,7 @@ from comatch.training.progress import Reporter
 from comatch.training.run import RunFolder
 from comatch.training.signals import Signals
 from comatch.training.state import Live, load_weights, seed_step
-from comatch.training.step import StepResult, check_finite, contrastive_step, token_step
+from comatch.training.step import check_finite, take_step
 
 Evaluate = Callable[[Encoder], Mapping[str, float]]
 
@@ -105,6 +106,7 @@ class Running:
     signals: Signals
     evaluate: Evaluate | None
     quiet: bool
+    guide: Guide | None = None
 
     def stages(self) -> None:
         """Train what is left to its end."""
@@ -122,6 +124,7 @@ class Running:
             raise ConfigError(f"stages.{stage.name}.batch={run.batch} does not divide by {ranks} processes")
         seed_step(config.seed, stage.name, -1, 0)  # new adapters begin equal on all processes, and after a restart
         live = self._live(stage, run, Quarantine((run.data or config.data).max_bad, len(mixture)))
+        self.guide = Guide.load(run.loss.guide, encoder, accelerator.device) if run.loss.guide else None
         data = StageData(mixture, encoder.preparer, stage, seed=config.seed, batch=run.batch, rank=rank, ranks=ranks)
         with live.reporter, compiled_layers(encoder.backbone, config.compile):
             self._settle(live, stage, run, data)
@@ -153,7 +156,7 @@ class Running:
         model, accelerator = live.modules["model"], self.accelerator
         if accelerator.num_processes > 2 and isinstance(model, DistributedDataParallel):
             seed = seed_step(self.todo.config.seed, stage.name, 0, accelerator.process_index)
-            _step(accelerator, model, data[0], stage, run, seed, live.modules.get("temperature"))
+            take_step(accelerator, model, data[0], stage, run, seed=seed, temperature=live.modules.get("temperature"), judge=self.guide)
             live.optimizer.zero_grad()
 
     def _step(self, live: Live, stage: Stage, run: StageRun, samples: Sequence[Sample]) -> None:
@@ -161,9 +164,9 @@ class Running:
         seed = seed_step(self.todo.config.seed, stage.name, live.step, accelerator.process_index)
         for sample in samples:
             live.quarantine.add(sample)
-        model = live.modules["model"]
+        model, temperature = live.modules["model"], live.modules.get("temperature")
         try:
-            result = _step(accelerator, model, samples, stage, run, seed, live.modules.get("temperature"))
+            result = take_step(accelerator, model, samples, stage, run, seed=seed, temperature=temperature, judge=self.guide)
             norm = accelerator.clip_grad_norm_(live.optimizer.param_groups[0]["params"], run.optim.clip)
             check_finite(torch.as_tensor(norm), "gradient norm")
         except TrainingError as error:
@@ -288,15 +291,6 @@ def schedule(optimizer: Any, optim: OptimConfig, steps: int) -> Any:
     if optim.schedule == "constant":
         return get_constant_schedule_with_warmup(optimizer, warmup)
     return get_cosine_schedule_with_warmup(optimizer, warmup, steps)
-
-
-def _step(
-    accelerator: Accelerator, model: nn.Module, samples: Sequence[Sample], stage: Stage, run: StageRun, seed: int, temperature: Any = None
-) -> StepResult:
-    if "contrastive" in stage.objectives:
-        return contrastive_step(accelerator, model, samples, stage, run, seed=seed, temperature=temperature)
-    examples = [sample.examples[0] for sample in samples]
-    return token_step(accelerator, model, examples, stage, run.tokens_per_pass, run.batch, run.patches_per_pass)
 
 
 def _open_trackers(accelerator: Accelerator, config: RunConfig, path: Path) -> None:

@@ -15,11 +15,12 @@ from typing import Any
 from comatch.config import RunConfig
 from comatch.config.part import show
 from comatch.errors import TrainingError
+from comatch.training.guide import guide_fingerprint
 
-# These change what is reported, kept or how fast it goes, never a weight. `path`: the data are known by their content, wherever they lie.
+# These change what is reported, kept or how fast it goes, never a weight. `path`, `guide`: known by their content, wherever they lie.
 FREE = frozenset(
     (
-        "name", "output", "path", "corpus", "workers", "timeout_minutes", "store_gigabytes", "max_bad",
+        "name", "output", "path", "corpus", "guide", "workers", "timeout_minutes", "store_gigabytes", "max_bad",
         "tracking", "log_every", "peak_tflops", "save_every", "keep", "evaluate.every",
     )
 )  # fmt: skip
@@ -90,14 +91,16 @@ def changed_settings(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any
 
 
 def data_digests(config: RunConfig) -> dict[str, str]:
-    """A digest of the content of every file of data that a run reads; pictures that lie beside a table are not among them.
+    """A digest of the content of every file of data that a run reads, and of guides; pictures beside a table are not among them.
 
     Files of up to 16 MiB by SHA-256 of all bytes; larger ones of their size and 16 blocks of 64 KiB, spread evenly from the first byte
     to the last, so that terabytes cost seconds.
     """
     found: dict[str, str] = {}
-    for run in config.stages.values():
+    for stage, run in config.stages.items():
         data = run.data or config.data
+        if run.loss.guide:
+            found[f"stages.{stage}.loss.guide"] = guide_fingerprint(run.loss.guide)
         for name, part in data.sources.items():
             for place in filter(None, (part.path, part.corpus)):
                 found |= {f"{name}: {told}": digest(file) for told, file in _files(place)}

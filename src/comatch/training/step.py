@@ -8,9 +8,10 @@ pass is an ordinary step.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -117,6 +118,26 @@ def contrastive_step(
         weights = merged[part.members] if part.members else torch.zeros_like(means)
         run_backward(accelerator, model, (means * weights).sum(), last=i == 0)
     return StepResult(tokens=sum(map(len, examples)), examples=len(samples), **result)
+
+
+def take_step(
+    accelerator: Accelerator,
+    model: nn.Module,
+    samples: Sequence[Sample],
+    stage: Stage,
+    run: StageRun,
+    *,
+    seed: int,
+    temperature: Any = None,
+    judge: Callable[[Sequence[Sample], int], torch.Tensor] | None = None,
+    size: int | None = None,
+) -> StepResult:
+    """The step of a stage's objective. judge: gives a guide's vectors of samples. size: the global batch, where it is not the run's."""
+    if "contrastive" in stage.objectives:
+        guide = judge(samples, run.tokens_per_pass) if judge else None
+        return contrastive_step(accelerator, model, samples, stage, run, seed=seed, temperature=temperature, guide=guide)
+    examples = [sample.examples[0] for sample in samples]
+    return token_step(accelerator, model, examples, stage, run.tokens_per_pass, size or run.batch, run.patches_per_pass)
 
 
 def check_finite(value: torch.Tensor, what: str) -> None:

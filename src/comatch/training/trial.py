@@ -24,10 +24,11 @@ from comatch.errors import ComatchError
 from comatch.objectives.temperature import Temperature
 from comatch.recipe import Stage
 from comatch.training import dry
+from comatch.training.guide import Guide
 from comatch.training.loader import Sample, StageData
 from comatch.training.machine import Finding
 from comatch.training.plan import Plan, open_parameters
-from comatch.training.step import StepResult, contrastive_step, token_step
+from comatch.training.step import take_step
 
 SAMPLES = 32
 STEPS = 3
@@ -89,13 +90,15 @@ def _steps(todo: Plan, stage: Stage, run: StageRun, batches: Sequence[list[Sampl
     temperature = Temperature(run.loss).to(accelerator.device) if "contrastive" in stage.objectives else None
     with accelerator.autocast():
         pairs = _pairs(accelerator.unwrap_model(model.eval()), stage, run, batches[0]) if temperature else None
+    judge = Guide.load(run.loss.guide, todo.encoder, accelerator.device) if run.loss.guide else None
     trial = Trial([], [], set(), set(), len(batches[0]), pairs)
     model.train()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     for number, samples in enumerate(batches):
         began = time.perf_counter()
-        result = _step(accelerator, model, samples, stage, run, number, temperature)
+        size = len(samples)
+        result = take_step(accelerator, model, samples, stage, run, seed=number, temperature=temperature, judge=judge, size=size)
         trial.losses.append(result.loss)
         for name, parameter in accelerator.unwrap_model(model).named_parameters():
             if parameter.grad is not None and bool(parameter.grad.any()):
@@ -108,21 +111,6 @@ def _steps(todo: Plan, stage: Stage, run: StageRun, batches: Sequence[list[Sampl
     accelerator.free_memory()
     AcceleratorState._reset_state()
     return trial
-
-
-def _step(
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    samples: Sequence[Sample],
-    stage: Stage,
-    run: StageRun,
-    number: int,
-    temperature: Temperature | None,
-) -> StepResult:
-    if temperature is not None:
-        return contrastive_step(accelerator, model, samples, stage, run, seed=number, temperature=temperature)
-    examples = [sample.examples[0] for sample in samples]
-    return token_step(accelerator, model, examples, stage, run.tokens_per_pass, len(samples), run.patches_per_pass)
 
 
 @torch.no_grad()
