@@ -114,7 +114,7 @@ def measure(ranks: int, kills: int, dice: random.Random, file: Path, root: Path)
         folder = root / f"run{ranks}-{runs}"
         while True:
             processes = start(file, folder, ranks, log)
-            inside, after = done % 2 == 1, dice.uniform(0.8 * warm, warm + 0.25 * (spent - warm))
+            inside, after = done % 2 == 1, dice.uniform(0.8 * warm, warm + 0.7 * (spent - warm))
             if done == kills or not kill(processes, folder, after, inside):
                 finish(processes, log)
                 break
