@@ -14,6 +14,7 @@ import numpy as np
 
 from comatch.content import Dialogue, Image, Message, as_message
 from comatch.core.batch import IGNORE, ROLE_ID, Example
+from comatch.core.corruption import Hiding, corrupt
 from comatch.core.packing import Size
 from comatch.core.positions import mrope
 from comatch.data.images import ImageSettings, picture_key
@@ -45,9 +46,20 @@ class Preparer:
         """One item to embed. Raises ContentError or ImageError."""
         return self.finish(self.renderer.item(message, stage))
 
-    def dialogue(self, dialogue: Dialogue, stage: Stage) -> Example:
-        """One context with its supervised turns. Raises ContentError or ImageError."""
-        return self.finish(self.renderer.dialogue(dialogue, stage))
+    def dialogue(self, dialogue: Dialogue, stage: Stage, seed: int = 0) -> Example:
+        """One context with its supervised turns. seed: of what the stage hides. Raises ContentError or ImageError."""
+        return self._corrupted(self.finish(self.renderer.dialogue(dialogue, stage)), stage, seed)
+
+    def pair(self, query: Message, answer: Message, stage: Stage, seed: int = 0) -> Example:
+        """A query and its answer as one row, with what the stage hides of it by that seed. Raises ContentError or ImageError."""
+        return self._corrupted(self.finish(self.renderer.pair(query, answer, stage)), stage, seed)
+
+    def _corrupted(self, example: Example, stage: Stage, seed: int) -> Example:
+        if not stage.corruptions:
+            return example
+        r, images = self.renderer, self.images
+        hiding = Hiding(r.mask, r.protected, r.image_id, images.merge**2, images.mean, images.std)
+        return corrupt(example, stage, hiding, seed)
 
     def size(self, row: Row) -> Size:
         """What a rendered row asks of a pass, from the headers of its pictures; nothing is decoded."""

@@ -12,14 +12,20 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from comatch.corruption import ROLES as ROLES
+from comatch.corruption import Corruption as Corruption
+from comatch.corruption import check_choice, check_corruptions
 from comatch.errors import RecipeError
 
-ROLES = ("context", "compression", "dialogue", "target")
 LETTERS = {".": "never", "c": "causal: key position <= query position", "f": "full"}
 POOLINGS = ("mean_compression", "last_compression", "mean", "last")
-OBJECTIVES = ("next_token", "contrastive")
+OBJECTIVES = ("next_token", "contrastive", "masked_token", "masked_patch", "distillation")
 SUPERVISE = ("answers", "dialogue")
 LAYOUTS = ("raw", "chat")
+MASK_TOKEN = "<|mask|>"
+
+
+_LATER = ("shift", "decoder_layers", "patch_target", "kl_temperature")
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,10 @@ class Stage:
     `objectives` maps an objective's name to its weight. `supervise` chooses the dialogue tokens that carry loss: "answers" (the paper)
     or "dialogue" (every token after the compression tokens, the released code). `layout` "raw" puts the context before any
     turn (specs/coma.md 1.2), "chat" inside the first user turn, as a stock chat template does.
+
+    `shift` of masked_token: a hidden token is predicted from the state before it (1) or from its own (0). `decoder_layers`: between the
+    states and the pixels of masked_patch. `patch_target`: pixels as the processor normalises them, or "normalised" in each patch once
+    more. `kl_temperature`: of distillation, for teacher and student.
     """
 
     name: str
@@ -91,39 +101,53 @@ class Stage:
     supervise: str = "answers"
     layout: str = "raw"
     bottleneck: Bottleneck | None = None
+    corruptions: tuple[Corruption, ...] = ()
+    shift: int = 1
+    decoder_layers: int = 1
+    patch_target: str = "raw"
+    kl_temperature: float = 1.0
 
     def __post_init__(self) -> None:
         roles = self.visibility.roles
-        _check_choice(f"stage {self.name!r}: supervise", self.supervise, SUPERVISE)
-        _check_choice(f"stage {self.name!r}: layout", self.layout, LAYOUTS)
+        check_choice(f"stage {self.name!r}: supervise", self.supervise, SUPERVISE)
+        check_choice(f"stage {self.name!r}: layout", self.layout, LAYOUTS)
         if not self.objectives:
             raise RecipeError(f"stage {self.name!r} trains nothing; name at least one objective of {list(OBJECTIVES)}")
         for name, weight in self.objectives.items():
-            _check_choice(f"stage {self.name!r}: objective", name, OBJECTIVES)
+            check_choice(f"stage {self.name!r}: objective", name, OBJECTIVES)
             if not weight > 0:
                 raise RecipeError(f"stage {self.name!r}: weight of {name} is {weight}; it must be above 0")
         self._check_pooling(roles)
-        if "next_token" in self.objectives:
-            self._check_next_token(roles)
+        for name in ("next_token", "distillation"):
+            if name in self.objectives:
+                self._check_dialogue(name, roles)
+        check_corruptions(self)
         if self.bottleneck is not None:
             self._check_bottleneck(self.bottleneck)
+
+    @property
+    def tells(self) -> str | None:
+        """What its rows with labels are made of: "dialogue", "pair" (the text of a positive stands in the row), or None without such."""
+        if self.objectives.keys() & {"next_token", "distillation"}:
+            return "dialogue"
+        return "pair" if self.objectives.keys() & {"masked_token", "masked_patch"} else None
 
     def _check_pooling(self, roles: tuple[str, ...]) -> None:
         if self.pooling is None:
             if "contrastive" in self.objectives:
                 raise RecipeError(f"stage {self.name!r} is contrastive and needs a pooling, one of {list(POOLINGS)}")
             return
-        _check_choice(f"stage {self.name!r}: pooling", self.pooling, POOLINGS)
+        check_choice(f"stage {self.name!r}: pooling", self.pooling, POOLINGS)
         if self.pooling.endswith("compression") and "compression" not in roles:
             raise RecipeError(f"stage {self.name!r}: pooling {self.pooling!r} needs the role 'compression', roles are {list(roles)}")
 
-    def _check_next_token(self, roles: tuple[str, ...]) -> None:
+    def _check_dialogue(self, name: str, roles: tuple[str, ...]) -> None:
         if "dialogue" not in roles:
-            raise RecipeError(f"stage {self.name!r}: next_token needs the role 'dialogue', roles are {list(roles)}")
+            raise RecipeError(f"stage {self.name!r}: {name} needs the role 'dialogue', roles are {list(roles)}")
         peeking = [r for r in roles if self.visibility.letter(r, "dialogue") == "f" and self.visibility.reaches("dialogue", r)]
         if peeking:
             raise RecipeError(
-                f"stage {self.name!r}: next_token would see its own answer, because {peeking} sees 'dialogue' in full; use 'c' or '.'"
+                f"stage {self.name!r}: {name} would see its own answer, because {peeking} sees 'dialogue' in full; use 'c' or '.'"
             )
 
     def _check_bottleneck(self, b: Bottleneck) -> None:
@@ -169,9 +193,19 @@ class Recipe:
                 "'compression'; set tokens to " + ("1 or more" if needs else "0")
             )
 
+    @property
+    def masks(self) -> bool:
+        """Whether any stage hides text, so that there is a mask token."""
+        return any(corruption.text for stage in self.stages for corruption in stage.corruptions)
+
+    @property
+    def token_names(self) -> tuple[str, ...]:
+        """The tokens whose embeddings are trained rows of our own: K compression tokens, then the mask token where text is hidden."""
+        return (*(self.token_name.format(i) for i in range(self.tokens)), *[MASK_TOKEN] * self.masks)
+
     def stage(self, name: str) -> Stage:
         """The stage of that name."""
-        _check_choice(f"recipe {self.name!r}: stage", name, tuple(stage.name for stage in self.stages))
+        check_choice(f"recipe {self.name!r}: stage", name, tuple(stage.name for stage in self.stages))
         return next(stage for stage in self.stages if stage.name == name)
 
     @property
@@ -188,7 +222,11 @@ class Recipe:
         out: dict[str, Any] = {"name": self.name, "tokens": self.tokens, "instruction": self.instruction}
         out |= {"token_name": self.token_name, "stages": []}
         for stage in self.stages:
-            row = {f.name: getattr(stage, f.name) for f in fields(stage) if f.name not in ("visibility", "bottleneck")}
+            row: dict[str, Any] = {name: getattr(stage, name) for name in ("name", "pooling", "supervise", "layout")}
+            # What came later stands there only where it says something, so that an older recipe keeps its text and fingerprint.
+            row |= {f.name: getattr(stage, f.name) for f in fields(stage) if f.name in _LATER and getattr(stage, f.name) != f.default}
+            if stage.corruptions:
+                row["corruptions"] = [asdict(corruption) for corruption in stage.corruptions]
             row["objectives"] = dict(stage.objectives)
             row["roles"], row["visibility"] = list(stage.visibility.roles), list(stage.visibility.table)
             row["bottleneck"] = asdict(stage.bottleneck) if stage.bottleneck else None
@@ -212,6 +250,10 @@ class Recipe:
             if row.get("bottleneck") is not None:
                 _check_keys(f"stage {row['name']!r}: bottleneck", row["bottleneck"], {f.name for f in fields(Bottleneck)}, set())
                 values["bottleneck"] = Bottleneck(**row["bottleneck"])
+            if "corruptions" in row:
+                for part in row["corruptions"]:
+                    _check_keys(f"stage {row['name']!r}: corruption", part, {f.name for f in fields(Corruption)}, {"role"})
+                values["corruptions"] = tuple(Corruption(**part) for part in row["corruptions"])
             stages.append(Stage(**values))
         return cls(**{**data, "stages": tuple(stages)})
 
@@ -236,11 +278,6 @@ def _check_roles(roles: tuple[str, ...]) -> None:
     unknown = [role for role in roles if role not in ROLES]
     if unknown or not roles or len(set(roles)) < len(roles):
         raise RecipeError(f"roles {list(roles)}: each must be one of {list(ROLES)}, at most once, at least one")
-
-
-def _check_choice(what: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise RecipeError(f"{what} is {value!r}; allowed: {list(allowed)}")
 
 
 def _check_keys(what: str, data: Mapping[str, Any], allowed: set[str], needed: set[str]) -> None:

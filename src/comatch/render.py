@@ -46,9 +46,12 @@ class Renderer:
         self.image_tokens = image_tokens
         self.plain = lru_cache(maxsize=2**16)(self._plain)
         self.compression = list(range(first_token, first_token + recipe.tokens))
+        self.mask = first_token + recipe.tokens
         self.special = {name: self._special_id(name) for name in SPECIAL}
         self.image_id = self.special["<|image_pad|>"]
         self.start, self.end = self.special["<|im_start|>"], self.special["<|im_end|>"]
+        learned = [id for id, token in tokenizer.added_tokens_decoder.items() if token.special]
+        self.protected = {*self.special.values(), *tokenizer.all_special_ids, *learned, *self.compression, self.mask}
 
     def item(self, message: Message, stage: Stage) -> Row:
         """Context and compression tokens of one item, as the stage lays them out."""
@@ -77,6 +80,24 @@ class Renderer:
             row.ids += turn.ids
             row.roles += turn.roles
             row.supervised += turn.supervised
+        return row
+
+    def pair(self, query: Message, answer: Message, stage: Stage) -> Row:
+        """A pair as one row: the answer's text as `target` after the query, or both one after the other where there is no such role.
+
+        A target is text: where only the query is, the two change places. A target above half of the window is cut to that.
+        Raises ContentError where both show pictures.
+        """
+        if "target" not in stage.visibility.roles:
+            return self.item(Message((*query.parts, *answer.parts)), stage)
+        query, answer = (query, answer) if _is_text(answer) else (answer, query)
+        if not _is_text(answer):
+            raise ContentError("query and positive both show pictures, so neither can be the text that is rebuilt; leave out such rows")
+        target = self.plain("\n".join(part.text for part in answer.parts if isinstance(part, Text)))
+        kept = target[: self.window // 2]
+        row = self._opening(query, stage, reserve=len(kept))
+        row.add(kept, "target")
+        row.cut += len(target) - len(kept)
         return row
 
     def _plain(self, text: str) -> tuple[int, ...]:
@@ -152,3 +173,7 @@ class Renderer:
         if len(ids) != 1:
             raise ModelError(f"the tokenizer has no single token {name!r}; use a Qwen2-VL, Qwen2.5-VL or Qwen3-VL tokenizer")
         return int(ids[0])
+
+
+def _is_text(message: Message) -> bool:
+    return all(isinstance(part, Text) for part in message.parts)

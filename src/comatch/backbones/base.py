@@ -40,6 +40,7 @@ class Backbone(nn.Module):
     """A stock Qwen-VL model with compression rows; maps a Batch to hidden states.
 
     `rows`: [K, dim] float32, the only part of the vocabulary that is trained. Their token ids follow the tokenizer's last id.
+    A recipe that hides text has one more row, the last: the mask token's. `tokens` is K.
     `store`: features of pictures on disk, for a vision tower that does not train (`keep_features`).
     `dense_mask`: set it to compute attention by the dense mask, the oracle; otherwise that is for tables without another form.
     """
@@ -55,7 +56,8 @@ class Backbone(nn.Module):
         model.model.visual.config._attn_implementation = VISION
         model.model.language_model.config._attn_implementation = TEXT
         self.image_id: int = model.config.image_token_id
-        names = [recipe.token_name.format(i) for i in range(recipe.tokens)] if recipe else []
+        names = list(recipe.token_names) if recipe else []
+        self.tokens = recipe.tokens if recipe else 0
         self.first_token, trained = self._add_tokens(names)
         self.rows = nn.Parameter(self._first_rows(len(names), trained, seed))
         self.mean: torch.Tensor
@@ -248,7 +250,7 @@ class Backbone(nn.Module):
     def _add_tokens(self, names: list[str]) -> tuple[int, bool]:
         known = [name for name in names if name in self.tokenizer.get_vocab()]
         if known and len(known) < len(names):
-            raise ModelError(f"the checkpoint has {len(known)} compression tokens, the recipe wants {len(names)}; set tokens={len(known)}")
+            raise ModelError(f"the checkpoint has the tokens {known[:2]}..., {len(known)} of the recipe's {len(names)}; set tokens to what it has")
         if not known:
             self.tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
         ids = self.tokenizer.convert_tokens_to_ids(names)

@@ -23,6 +23,8 @@ class Example:
     positions: [3, n] int64 (time, height, width of M-RoPE). patches: per picture uint8 [patches, 3 * patch * patch].
     grids: per picture (time, height, width) in patches. cut: text tokens that were cut off to fit the window.
     pictures: per picture a hash of its patches and grid, or b"" where nobody asked for one; none at all is the same.
+    targets: uint8 [hidden tokens * merge * merge, 3 * patch * patch], the pixels of hidden visual tokens as they were; target_places:
+    [hidden tokens] int64, where these tokens stand in the row. untouched: corruptions that wanted a word to hide and found none.
     """
 
     ids: np.ndarray
@@ -33,13 +35,16 @@ class Example:
     grids: tuple[tuple[int, int, int], ...] = ()
     cut: int = 0
     pictures: tuple[bytes, ...] = ()
+    targets: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.uint8))
+    target_places: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    untouched: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @property
     def supervised(self) -> int:
-        """Number of places that carry a next-token label."""
+        """Number of places that carry a label."""
         return int((self.labels != IGNORE).sum())
 
 
@@ -49,7 +54,8 @@ class Batch:
 
     ids, labels: [rows, seq] int64. roles: [rows, seq] int8, -1 on padding. example: [rows, seq] int64, index of the example, -1 on padding.
     positions: [3, rows, seq] int64. patches: [patches, 3 * patch * patch] uint8, pictures in the order their tokens stand when rows are
-    read from left to right and top to bottom. grids: [pictures, 3] int64. size: number of examples. pictures: as in Example.
+    read from left to right and top to bottom. grids: [pictures, 3] int64. size: number of examples. pictures, targets: as in Example.
+    target_places: [hidden tokens] int64, places in the flattened batch.
     """
 
     ids: torch.Tensor
@@ -62,6 +68,8 @@ class Batch:
     size: int
     tokens: int = field(default=0)
     pictures: tuple[bytes, ...] = ()
+    targets: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.uint8))
+    target_places: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device; to a GPU through pinned memory, so that nobody waits for the copy."""

@@ -120,15 +120,17 @@ def collate(examples: Sequence[Example], pack: bool = True, side: str = "right",
     ids, labels = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64)
     roles, owner = np.full(shape, PADDING, np.int8), np.full(shape, PADDING, np.int64)
     positions = np.zeros((3, *shape), np.int64)
-    end = 0
+    end, places = 0, []
     for i, example in enumerate(examples):
         start = end if pack else (0 if side == "right" else wide - lengths[i])
+        places.append(example.target_places + (0 if pack else i * wide) + start)
         end = start + lengths[i]
         at = 0 if pack else i, slice(start, end)
         ids[at], labels[at], roles[at], owner[at] = example.ids, example.labels, example.roles, i
         positions[:, at[0], at[1]] = example.positions
     patches = [picture for example in examples for picture in example.patches]
     grids = [grid for example in examples for grid in example.grids]
+    targets = [example.targets for example in examples if len(example.targets)]
     return Batch(
         ids=torch.from_numpy(ids),
         roles=torch.from_numpy(roles),
@@ -140,6 +142,8 @@ def collate(examples: Sequence[Example], pack: bool = True, side: str = "right",
         size=len(examples),
         tokens=sum(lengths),
         pictures=tuple(name for example in examples for name in example.pictures or (b"",) * len(example.grids)),
+        targets=torch.from_numpy(np.concatenate(targets)) if targets else torch.zeros(0, 0, dtype=torch.uint8),
+        target_places=torch.from_numpy(np.concatenate(places)),
     )
 
 

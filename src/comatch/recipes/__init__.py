@@ -7,9 +7,9 @@ from pathlib import Path
 
 from comatch.errors import ConfigError, RecipeError
 from comatch.recipe import Recipe
-from comatch.recipes import coma, matching, vlm
+from comatch.recipes import cocoa, coma, matching, moca, vlm
 
-RECIPES: dict[str, Recipe] = {r.name: r for module in (coma, matching, vlm) for r in module.RECIPES}
+RECIPES: dict[str, Recipe] = {r.name: r for module in (coma, cocoa, moca, matching, vlm) for r in module.RECIPES}
 
 
 def load_recipe(name: str | Path) -> Recipe:

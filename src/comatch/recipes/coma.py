@@ -1,8 +1,13 @@
 """CoMa (ACL 2026 long.169): compress a picture into K tokens by question answering, then match on their mean.
 
 `coma` is the paper (specs/coma.md 2.1 and 3.1). `coma-released` is what the released code does (2.3 and 3.1): plain causal attention, so no
-bottleneck, and loss on the whole dialogue. `coma-no-bottleneck` differs from `coma` in the bottleneck only: the fair control.
+bottleneck, and loss on the whole dialogue. `coma-no-bottleneck` differs from `coma` in the bottleneck only: the fair control. Three more
+change one thing each: `coma-full` lets compression tokens see one another in full, `coma-all-tokens` has loss on questions too, `coma-kl`
+learns the words that the model itself expects when it sees the picture (3.2). `coma-joint` compresses and matches in one stage, as CREM
+(arXiv 2602.19091). K is the run's `tokens`.
 """
+
+from dataclasses import replace
 
 from comatch.recipe import Bottleneck, Recipe, Stage, Visibility
 
@@ -32,4 +37,19 @@ RECIPES = (
         tokens=32,
     ),
     Recipe("coma-no-bottleneck", (Stage("compress", _OPEN, {"next_token": 1.0}), MATCH), tokens=32),
+    Recipe(
+        "coma-full",
+        (
+            replace(_COMPRESS, visibility=Visibility(_DIALOGUE, ("c..", "cf.", ".cc"))),
+            replace(MATCH, visibility=Visibility(("context", "compression"), ("c.", "cf"))),
+        ),
+        tokens=32,
+    ),
+    Recipe("coma-all-tokens", (replace(_COMPRESS, supervise="dialogue"), MATCH), tokens=32),
+    Recipe("coma-kl", (replace(_COMPRESS, objectives={"distillation": 1.0}), MATCH), tokens=32),
+    Recipe(
+        "coma-joint",
+        (replace(_COMPRESS, name="joint", objectives={"next_token": 1.0, "contrastive": 1.0}, pooling=MATCH.pooling),),
+        tokens=32,
+    ),
 )

@@ -173,7 +173,7 @@ def _check(run: StageRun, stage: Stage, backbone: Backbone, samples: Sequence[Sa
     if run.loss.learn_temperature and (temperature is None or temperature.log is None):
         raise ConfigError("loss.learn_temperature is true, but the step got none to train; pass temperature=Temperature(run.loss)")
     for count in run.loss.vectors:
-        check_vectors(count, stage.pooling, len(backbone.rows))
+        check_vectors(count, stage.pooling, backbone.tokens)
     try:
         run.loss.prefixes(backbone.dim)
     except ValueError as error:
