@@ -83,7 +83,7 @@ class Sides:
 
     def on(self, examples: Sequence[Example], tokens: int) -> float:
         """Our step from prepared examples."""
-        return token_step(self.accelerator, self.encoder.backbone, examples, STAGE, tokens, len(examples)).loss
+        return token_step(self.accelerator, self.encoder.backbone, examples, STAGE, tokens).loss
 
 
 def make_dialogues(n: int, sides: tuple[int, int], turns: tuple[int, int] = (1, 9)) -> list[tuple[Dialogue, bytes]]:

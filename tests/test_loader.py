@@ -67,7 +67,7 @@ class Stub:
         ids = np.asarray([key(message)])
         return Example(ids, ids, ids, np.full((3, 1), os.getpid()), cut=self.cut(message.text))
 
-    def dialogue(self, dialogue: Dialogue, stage: Any) -> Example:
+    def dialogue(self, dialogue: Dialogue, stage: Any, seed: int = 0) -> Example:
         return self.item(as_message([*dialogue.context.parts, dialogue.turns[0][1]]), stage)
 
 

@@ -148,7 +148,7 @@ def work(rank: int, ranks: int, port: int, sharded: bool, folder: Path, out: Pat
             encoder, _ = prepared({"kind": "full", "vision": True, "untied": True, "head": True}, folder)
             model = wrapped(accelerator, encoder)
             mine = dialogues(encoder)[rank::ranks]
-            found["tokens"] = token_step(accelerator, model, mine, COMPRESS, 100, 5).loss, whole(model), 0
+            found["tokens"] = token_step(accelerator, model, mine, COMPRESS, 100).loss, whole(model), 0
         if rank == 0:
             torch.save(found, out)
     except BaseException:
@@ -213,7 +213,7 @@ def test_gradients_of_several_ranks_are_those_of_one_big_batch(
     assert found["dropout 1"][0] == found["dropout 99"][0] != found["lora"][0]
     assert_equal(found["dropout 1"][1], found["dropout 99"][1], 1e-6)
     encoder, _ = prepared({"kind": "full", "vision": True, "untied": True, "head": True}, folder)
-    plain = token_step(Accelerator(cpu=True), encoder.backbone, dialogues(encoder), COMPRESS, 100_000, 5)
+    plain = token_step(Accelerator(cpu=True), encoder.backbone, dialogues(encoder), COMPRESS, 100_000)
     assert abs(found["tokens"][0] - plain.loss) < 1e-5
     grads = gradients(encoder)
     assert "hf.lm_head.weight" in grads

@@ -75,7 +75,7 @@ class Decoding:
         one = np.zeros(1)
         return Example(one, one, one, np.zeros((3, 1)))
 
-    def dialogue(self, dialogue: Any, stage: Any) -> Example:
+    def dialogue(self, dialogue: Any, stage: Any, seed: int = 0) -> Example:
         return self.item(dialogue.context, stage)
 
 

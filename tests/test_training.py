@@ -72,7 +72,7 @@ def test_token_step_is_the_same_under_any_budget(folder_of: Folders, family: str
     accelerator = Accelerator(cpu=True)
     found = []
     for budget in (1, 300, 100_000):
-        result = token_step(accelerator, encoder.backbone, examples, COMPRESS, budget, 5)
+        result = token_step(accelerator, encoder.backbone, examples, COMPRESS, budget)
         found.append((result.loss, gradients(encoder)))
     for loss, grads in found[1:]:
         assert abs(loss - found[0][0]) < 1e-5

@@ -126,6 +126,11 @@ class Stage:
             self._check_bottleneck(self.bottleneck)
 
     @property
+    def speaks(self) -> bool:
+        """Whether it predicts tokens, and so runs the language model's head."""
+        return bool(self.objectives.keys() & {"next_token", "masked_token", "distillation"})
+
+    @property
     def tells(self) -> str | None:
         """What its rows with labels are made of: "dialogue", "pair" (the text of a positive stands in the row), or None without such."""
         if self.objectives.keys() & {"next_token", "distillation"}:

@@ -176,15 +176,18 @@ class Backbone(nn.Module):
             each = torch.split(patches, grids.prod(1).tolist())
             patches, grids = torch.cat([each[i] for i in places]), grids[list(places)]
         side = self.processor.patch_size
-        pixels = patches.reshape(-1, 3, 1, side, side).float() / 255
-        pixels = (pixels - self.mean.view(3, 1, 1, 1)) / self.std.view(3, 1, 1, 1)
-        pixels = pixels.expand(-1, -1, self.processor.temporal_patch_size, -1, -1).flatten(1)
+        pixels = self.pixels(patches).view(-1, 3, 1, side, side).expand(-1, -1, self.processor.temporal_patch_size, -1, -1).flatten(1)
         # On a CPU the patch convolution's bf16 backward takes eight times as long as float32's, so autocast stays outside.
         low = torch.autocast(pixels.device.type, enabled=pixels.device.type != "cpu" and torch.is_autocast_enabled())
         with low, still(self.vision_tower.patch_embed.proj):
             out = self.stock.model.get_image_features(pixels, grids)
         layers = [out.pooler_output, *(out.deepstack_features if self.family.deepstack else ())]
         return [torch.stack(picture) for picture in zip(*layers, strict=True)]
+
+    def pixels(self, patches: torch.Tensor) -> torch.Tensor:
+        """Patches as the processor normalises them: uint8 to float32, both [patches, 3 * patch * patch]."""
+        pixels = patches.reshape(len(patches), 3, -1).float() / 255
+        return ((pixels - self.mean.view(3, 1)) / self.std.view(3, 1)).flatten(1)
 
     def _vision_settings(self) -> list[str]:
         """What besides its weights decides the vision tower's output for given patches."""
@@ -211,14 +214,14 @@ class Backbone(nn.Module):
             if vision.deep:
                 extra = {"visual_pos_masks": place, "deepstack_visual_embeds": list(vision.deep)}
         # What may see what travels as an extra keyword down to our attention function; the stock mask code then builds no mask.
-        extra |= self._visible(batch, visibility)
+        extra |= self.visible(batch, visibility)
         with leaving_out(self.text.layers, batch, visibility, read):
             out = self.text(inputs_embeds=states, position_ids=batch.positions, use_cache=False, **extra)
         hidden: torch.Tensor = out.last_hidden_state
         return hidden
 
-    def _visible(self, batch: Batch, visibility: Visibility) -> dict[str, Any]:
-        """Segments where the table has that form, else the dense mask, with one warning that says why."""
+    def visible(self, batch: Batch, visibility: Visibility) -> dict[str, Any]:
+        """What our attention function is to be handed: segments where the table has that form, else the dense mask, with one warning."""
         if not self.dense_mask:
             segments = compile_segments(batch.roles, batch.example, visibility)
             if isinstance(segments, Segments):
@@ -250,7 +253,8 @@ class Backbone(nn.Module):
     def _add_tokens(self, names: list[str]) -> tuple[int, bool]:
         known = [name for name in names if name in self.tokenizer.get_vocab()]
         if known and len(known) < len(names):
-            raise ModelError(f"the checkpoint has the tokens {known[:2]}..., {len(known)} of the recipe's {len(names)}; set tokens to what it has")
+            told = f"the checkpoint has {len(known)} of the recipe's {len(names)} tokens of its own, {known[:2]}..."
+            raise ModelError(f"{told}; set tokens to what it has, or begin from its base")
         if not known:
             self.tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
         ids = self.tokenizer.convert_tokens_to_ids(names)

@@ -116,7 +116,9 @@ def _check_data(config: RunConfig, recipe: Recipe, origins: Origins) -> None:
     places += [(("stages", name, "data"), run.data, name not in pairs) for name, run in config.stages.items() if run.data is not None]
     for at, data, idle in places:
         changed = [name for name in ("positives", "negatives") if getattr(data, name) != getattr(DataConfig(), name)]
-        changed += ["prompt"] * any(source.prompt for source in data.sources.values())
+        readers = [name for name, run in config.stages.items() if run.data is data or (run.data is None and at == ("data",))]
+        asked = any(recipe.stage(name).tells == "pair" for name in readers)
+        changed += ["prompt"] * (not asked and any(source.prompt for source in data.sources.values()))
         if idle and changed:
             where = _origin((*at, changed[0]), origins, "data")
             raise ConfigError(f"{where}: {_dotted(at)}.{changed[0]} has no effect; no contrastive stage reads these data; remove it")

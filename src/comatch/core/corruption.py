@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from comatch.core.batch import IGNORE, ROLE_ID, Example
+from comatch.core.batch import ROLE_ID, Example
 from comatch.recipe import Corruption, Stage
 
 

@@ -41,6 +41,16 @@ class Ingredient:
         return Group(prompted(group.query, self.prompt), group.positives, group.negatives, self.name) if self.prompt else group
 
 
+    def pair(self, row: int, epoch: int) -> tuple[Message, Message]:
+        """A query and one positive; of a source without pairs a dialogue's context and the text of its answers. Raises ContentError."""
+        if self.source.has_pairs:
+            group = self.group(row, epoch)
+            return group.query, group.positives[0]
+        told = self.source.dialogue(row, epoch)
+        context = prompted(told.context, self.prompt) if self.prompt else told.context
+        return context, Message(tuple(Text(answer) for _, answer in told.turns))
+
+
 @dataclass(frozen=True)
 class Mixture:
     """Sources and how batches are made of them.

@@ -47,6 +47,11 @@ class Source:
         return min(len(self.rows), self.options.limit or len(self.rows))
 
     @property
+    def has_pairs(self) -> bool:
+        """Whether rows are pairs, or can be read as such; the others are dialogues only."""
+        return SOURCES[self.name].group is not None
+
+    @property
     def endless(self) -> bool:
         """Whether the number of rows means nothing: they are generated, and no limit was set."""
         return "path" not in SOURCES[self.name].takes and self.options.limit is None

@@ -1,4 +1,6 @@
-"""Next-token prediction on chosen tokens. The head runs on supervised rows only; every example weighs the same.
+"""Prediction of next or of hidden tokens, which differ in their labels only (core/corruption.py draws those of hidden ones).
+
+The head runs on supervised rows only; every example weighs the same.
 
 The reference averages within a sample and then over samples (specs/coma.md 3.1), so a long answer does not outweigh a short one;
 packing must not change that, which is why the owner of each token is an argument.
@@ -34,11 +36,7 @@ def next_token(
     head: [n, dim] -> [n, vocabulary], a frozen one gets no gradient of its weight. chunk: rows of one call of the head, a multiple of
     128. Returns (loss [size] in float32 or better, 0 where nothing is supervised; [2] = tokens predicted right, tokens).
     """
-    place = (labels >= 0).flatten().nonzero().squeeze(1)
-    count = torch.bincount(example.flatten()[place], minlength=size)
-    spare = -len(place) % ROWS if len(place) else ROWS  # a batch without labels still reaches the weights, with zeros
-    targets = F.pad(labels.flatten()[place], (0, spare), value=IGNORE)
-    place = F.pad(place, (0, spare))
+    place, targets, count = supervised_rows(labels, example, size)
     states = hidden.flatten(0, 1)[place]
     losses, right = [], torch.zeros((), dtype=torch.long, device=hidden.device)
     for start in range(0, len(place), chunk):
@@ -49,9 +47,22 @@ def next_token(
             loss, hits = _cross_entropy(head, *part)
         losses.append(loss)
         right = right + hits
-    each = torch.cat(losses)
-    total = each.new_zeros(size).index_add(0, example.flatten()[place].clamp(min=0), each)
-    return total / count.clamp(min=1), torch.stack([right, count.sum()])
+    return per_example(torch.cat(losses), place, example, count), torch.stack([right, count.sum()])
+
+
+def supervised_rows(labels: torch.Tensor, example: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Places of the flattened batch that carry a label, and the labels, both filled up to a multiple of ROWS; labels of each example."""
+    place = (labels >= 0).flatten().nonzero().squeeze(1)
+    count = torch.bincount(example.flatten()[place], minlength=size)
+    spare = -len(place) % ROWS if len(place) else ROWS  # a batch without labels still reaches the weights, with zeros
+    targets = F.pad(labels.flatten()[place], (0, spare), value=IGNORE)
+    return F.pad(place, (0, spare)), targets, count
+
+
+def per_example(each: torch.Tensor, place: torch.Tensor, example: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """Means over the labels of each example: [size]. each: loss of every place, 0 where it was only filled up."""
+    total = each.new_zeros(len(count)).index_add(0, example.flatten()[place].clamp(min=0), each)
+    return total / count.clamp(min=1)
 
 
 def _cross_entropy(head: Head, states: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

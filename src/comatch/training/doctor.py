@@ -94,14 +94,14 @@ def _stage(
     first = batches[0]
     open_parameters(config, backbone, stage)
     drawn = [sample for batch in batches for sample in batch]
-    found = [data(drawn, backbone), kernel(config, stage, backbone, first[0].examples[0]), fit(todo, stage, run, first, processes)]
+    found = [data(drawn, backbone), kernel(config, stage, backbone, first[0].labelled), fit(todo, stage, run, first, processes)]
     if not at_hand(config):
         step = f"hf download {config.model}, then ask again"
         found.append(Finding("first batch", "warning", f"the weights of {config.model} are not here, so no step was tried", step))
     elif sound and all(finding.level != "error" for finding in found):
         real = Plan(config, recipe, open_encoder(config, recipe), [(stage, run, mixture)])
         found += try_out(real, stage, run, batches, processes)
-    return StageReport(stage.name, found, [spans(example, backbone) for example in first[0].examples])
+    return StageReport(stage.name, found, [spans(example, backbone) for example in first[0].everything])
 
 
 def kernel(config: RunConfig, stage: Stage, backbone: Backbone, example: Example) -> Finding:
@@ -126,7 +126,7 @@ def fit(todo: Plan, stage: Stage, run: StageRun, samples: Sequence[Sample], proc
     """Whether a pass fits the memory, by the counts of `backbones.memory`, and how many tokens would without recomputing a layer."""
     config, backbone = todo.config, todo.encoder.backbone
     shape, low, matching = Shape.of(backbone.stock.config), config.precision == "bf16", "contrastive" in stage.objectives
-    whole = sum(len(example) for sample in samples for example in sample.examples) / len(samples) * run.batch / processes
+    whole = sum(len(example) for sample in samples for example in sample.everything) / len(samples) * run.batch / processes
     a_pass = min(run.tokens_per_pass, whole)
     held = dry.memory(todo, a_pass, 0)
     fixed = held["weights"] + held["gradients and AdamW"] + (0 if matching else head_bytes(shape, low))
@@ -157,7 +157,7 @@ def fit(todo: Plan, stage: Stage, run: StageRun, samples: Sequence[Sample], proc
 
 def data(samples: Sequence[Sample], backbone: Backbone) -> Finding:
     """What the first samples are like: sizes of pictures in pixels, cut texts, replaced rows."""
-    examples, side = [example for sample in samples for example in sample.examples], backbone.processor.patch_size
+    examples, side = [example for sample in samples for example in sample.everything], backbone.processor.patch_size
     pictures = [(wide * side, high * side) for example in examples for _, high, wide in example.grids]
     cut, bad = sum(example.cut > 0 for example in examples), sum(len(sample.bad) for sample in samples)
     sizes = f"pictures of {_span([w for w, _ in pictures])} x {_span([h for _, h in pictures])} pixels" if pictures else "no pictures"

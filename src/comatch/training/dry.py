@@ -29,7 +29,7 @@ from comatch.data.mixture import Ingredient, Mixture
 from comatch.errors import DataError
 from comatch.recipe import ROLES, Stage
 from comatch.recipes import load_recipe
-from comatch.training.fit import demand, told_layers, trained_part
+from comatch.training.fit import beside_flops, demand, told_layers, trained_part
 from comatch.training.loader import Sample, StageData
 from comatch.training.plan import UNTRAINED, Plan, check_stages, open_data, open_parameters, plan_encoder
 
@@ -98,7 +98,7 @@ def weightless(config: RunConfig) -> tuple[Backbone, list[str]]:
 class _StandIn:
     """Data in the place of a file that is not here: a blank picture with four turns, or against one sentence."""
 
-    name = "stand-in"
+    name, has_pairs = "stand-in", True
     _picture = as_message(np.zeros((640, 640, 3), np.uint8))
     _turns = (("What is the main object in the picture, and what colour is it?", "A red car that is parked in front of a house."),) * 4
 
@@ -133,7 +133,8 @@ def _parameters(backbone: Backbone) -> list[str]:
         count[kind_of(name)] = count.get(kind_of(name), 0) + parameter.numel()
     lines = [f"trains {open_:,} of {total:,} parameters ({100 * open_ / total:.2f} %)"]
     if rows := count.pop("compression rows", 0):
-        lines.append(f"  {'compression rows':18}{rows:>15,} = {' x '.join(map(str, backbone.rows.shape))}")
+        mask = ", one of them the mask token's" if len(backbone.rows) > backbone.tokens else ""
+        lines.append(f"  {'compression rows':18}{rows:>15,} = {' x '.join(map(str, backbone.rows.shape))}{mask}")
     return lines + [f"  {kind:18}{n:>15,}" for kind, n in count.items()]
 
 
@@ -153,16 +154,18 @@ def _stage(todo: Plan, stage: Stage, run: StageRun) -> tuple[list[str], StageRun
     samples, run, lines = _samples(todo, stage, run)
     shown = samples[0]
     negatives = len(shown.examples) - 1 - shown.positives
-    sides = ("query", *["positive"] * shown.positives, *["negative"] * negatives) if shown.positives else ("dialogue",)
-    tokens = _mean(sum(map(len, s.examples)) for s in samples)
-    patches = _mean(sum(map(patches_of, s.examples)) for s in samples)
-    for side, example in zip(sides, shown.examples, strict=True):
-        supervised = f"; {example.supervised:,} supervised" if "next_token" in stage.objectives else ""
-        lines.append(f"  {side:<11}{len(example):,} tokens = {_layout(example)}{supervised}; {patches_of(example):,} patches")
+    sides = ["query", *["positive"] * shown.positives, *["negative"] * negatives] if shown.positives else []
+    sides += [stage.tells] if stage.tells else []
+    tokens = _mean(sum(map(len, s.everything)) for s in samples)
+    patches = _mean(sum(map(patches_of, s.everything)) for s in samples)
+    for side, example in zip(sides, shown.everything, strict=True):
+        supervised = f"; {example.supervised:,} supervised" if stage.speaks and example is shown.labelled else ""
+        hidden = f", {len(example.targets):,} of them hidden" if len(example.targets) else ""
+        lines.append(f"  {side:<11}{len(example):,} tokens = {_layout(example)}{supervised}; {patches_of(example):,} patches{hidden}")
     if len(samples) > 1:
         many = f"{len(samples)} samples from the start of the run"
         lines.append(f"  {'mean':<11}{tokens:,.0f} tokens, {patches:,.0f} patches a sample ({many})")
-    longest = max(len(e) for s in samples for e in s.examples)
+    longest = max(len(e) for s in samples for e in s.everything)
     a_pass = max(longest, min(run.tokens_per_pass, run.batch * tokens))
     if longest > run.tokens_per_pass:
         lines.append(f"  note: an example of {longest:,} tokens, above tokens_per_pass={run.tokens_per_pass:,}, gets a pass of its own")
@@ -174,7 +177,7 @@ def _stage(todo: Plan, stage: Stage, run: StageRun) -> tuple[list[str], StageRun
     roles = stage.visibility.roles
     legend = ", ".join(f"{_MARK[role]} {role}" for role in roles)
     lines.append(f"  {'visibility':<11}{' '.join(stage.visibility.table)}; row looks at column, up to {_PICTURED} places of each: {legend}")
-    return [*lines, *_mask(shown.examples[0], roles, stage)], run, work
+    return [*lines, *_mask(shown.everything[-1 if stage.tells else 0], roles, stage)], run, work
 
 
 def _samples(todo: Plan, stage: Stage, run: StageRun) -> tuple[list[Sample], StageRun, list[str]]:
@@ -221,8 +224,9 @@ def _work(todo: Plan, stage: Stage, run: StageRun, samples: Sequence[Sample], ca
     """Useful work, and in a matching stage of several passes one more forward; pictures run twice only where their tower trains."""
     shape, trains = Shape.of(todo.encoder.backbone.stock.config), trained_part(todo.config.adapter)
     again = 1 if cached and "contrastive" in stage.objectives else 0
-    work = work_of(shape, [example for sample in samples for example in sample.examples], stage.visibility, trains)
-    each = (trains.flops(work, again) + again * trains.vision * work.vision) / len(samples)
+    examples = [example for sample in samples for example in sample.everything]
+    work = work_of(shape, examples, stage.visibility, trains)
+    each = (trains.flops(work, again) + again * trains.vision * work.vision + beside_flops(shape, stage, examples)) / len(samples)
     return each * run.batch * run.steps
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
@@ -11,6 +12,7 @@ from comatch.backbones import adapters
 from comatch.backbones.base import Backbone
 from comatch.backbones.memory import RESERVE, Demand, free_memory, head_bytes, recompute, vision_bytes
 from comatch.config import AdapterConfig, RunConfig, StageRun
+from comatch.core.batch import Example
 from comatch.core.flops import Shape, Trains, work_of
 from comatch.recipe import Stage
 from comatch.training.loader import Sample
@@ -25,8 +27,21 @@ def trained_part(adapter: AdapterConfig) -> Trains:
 
 def useful_flops(config: RunConfig, backbone: Backbone, stage: Stage, samples: Sequence[Sample]) -> float:
     """Forward and backward work of a step's samples, without padding and without any pass that is run a second time."""
-    trains, examples = trained_part(config.adapter), [example for sample in samples for example in sample.examples]
-    return trains.flops(work_of(Shape.of(backbone.stock.config), examples, stage.visibility, trains))
+    trains, examples = trained_part(config.adapter), [example for sample in samples for example in sample.everything]
+    shape = Shape.of(backbone.stock.config)
+    return trains.flops(work_of(shape, examples, stage.visibility, trains)) + beside_flops(shape, stage, examples)
+
+
+def beside_flops(shape: Shape, stage: Stage, examples: Sequence[Example]) -> float:
+    """Work of a stage's patch decoder, forward and backward, and of its teacher, forward only."""
+    work = 0.0
+    if "masked_patch" in stage.objectives and stage.decoder_layers:
+        decoded = work_of(replace(shape, layers=stage.decoder_layers), [e for e in examples if len(e.target_places)], stage.visibility)
+        work += 3 * (decoded.text + decoded.attention)
+    if "distillation" in stage.objectives:
+        taught = work_of(shape, [e for e in examples if e.supervised], stage.visibility)
+        work += taught.text + taught.attention + taught.head
+    return work
 
 
 def demand(config: RunConfig, shape: Shape) -> Demand:
@@ -58,7 +73,7 @@ def _needed(accelerator: Accelerator, config: RunConfig, backbone: Backbone, sta
     free = free_memory(device) / sharing * (1 - RESERVE)
     # Gradients and AdamW's two moments are made in the first step; they are float32, like all that trains.
     free -= 12 * sum(p.numel() for p in adapters.trainable(backbone).values())
-    if "next_token" in stage.objectives:
+    if stage.speaks:
         free -= head_bytes(shape, low)
     if config.adapter.train_vision:
         free -= vision_bytes(shape, run.patches_per_pass or run.tokens_per_pass * shape.merge**2, low)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,10 +27,11 @@ _TRIES = 8
 class Sample:
     """One training unit, of one row.
 
-    row: its number within its source. examples: (dialogue,), or (query, *positives, *negatives). positives: how many of examples[1:]
-    are positives. keys: a hash of each item's content, so that equal items have equal keys. bad: reasons of rows that were tried and
-    refused before this one. replaced: rows before it whose positive stood in the global batch already. duplicate: no row with a new
-    positive was found, and this one stands there with an old one. missing: hard negatives asked for that the row does not have.
+    row: its number within its source. examples: (row with labels,), or (query, *positives, *negatives). positives: how many of
+    examples[1:] are positives. told: the row with labels of a stage that also matches. keys: a hash of each item's content, so that
+    equal items have equal keys. bad: reasons of rows that were tried and refused before this one. replaced: rows before it whose
+    positive stood in the global batch already. duplicate: no row with a new positive was found, and this one stands there with an old
+    one. missing: hard negatives asked for that the row does not have.
     """
 
     row: int
@@ -42,6 +43,24 @@ class Sample:
     replaced: int = 0
     duplicate: bool = False
     missing: int = 0
+    told: Example | None = None
+
+    @property
+    def everything(self) -> tuple[Example, ...]:
+        """All examples, the one with labels last."""
+        return self.examples if self.told is None else (*self.examples, self.told)
+
+    def with_examples(self, everything: Iterable[Example]) -> Sample:
+        """The same sample of other examples, in the order of `everything`."""
+        examples = tuple(everything)
+        if self.told is None:
+            return replace(self, examples=examples)
+        return replace(self, examples=examples[:-1], told=examples[-1])
+
+    @property
+    def labelled(self) -> Example:
+        """The row with labels."""
+        return self.examples[0] if self.told is None else self.told
 
 
 @dataclass
@@ -49,7 +68,8 @@ class Quarantine:
     """Counts what happened to the data, and stops the run above a stated share of bad rows (specs/ecosystem.md rows 1, 2 and 7).
 
     reasons: why rows were bad. counts: per source, of samples, bad rows, rows replaced or kept although their positive stood in the batch
-    already, hard negatives missing, and examples cut to fit the window. Each rank counts its own samples; `merged` adds them up.
+    already, hard negatives missing, examples cut to fit the window, and examples without a word to hide where one was asked for. Each
+    rank counts its own samples; `merged` adds them up.
     """
 
     max_bad: float
@@ -79,7 +99,8 @@ class Quarantine:
 
     def add(self, sample: Sample) -> None:
         """Count one sample. Raises DataError as `check` does."""
-        cut = [example.cut for example in sample.examples if example.cut]
+        cut = [example.cut for example in sample.everything if example.cut]
+        untouched = sum(example.untouched for example in sample.everything)
         if cut and not self.total("cut"):
             told = f"row {sample.row} of {sample.source} is longer than the window: {max(cut)} text tokens were cut"
             warnings.warn(f"{told}; later ones are only counted, as cut_examples in the metrics", stacklevel=2)
@@ -87,6 +108,8 @@ class Quarantine:
         self.counts.setdefault(sample.source, Counter()).update(
             samples=1, bad=len(sample.bad), replaced=sample.replaced, kept=sample.duplicate, missing=sample.missing, cut=len(cut)
         )
+        if untouched:
+            self.counts[sample.source]["untouched"] += untouched
         self.check()
 
     def check(self) -> None:
@@ -100,6 +123,7 @@ class Quarantine:
     def metrics(self) -> dict[str, Any]:
         """Plain numbers for the metrics: sums over the sources, and each source's own under `sources`."""
         names = {"cut": "cut_examples", "replaced": "duplicates_replaced", "kept": "duplicates_kept", "missing": "negatives_missing"}
+        names |= {"untouched": "nothing_to_hide"} if self.total("untouched") else {}
         sums = {told: self.total(name) for name, told in names.items()}
         return {"bad_rows": self.count, **sums, "sources": {source: dict(counts) for source, counts in self.counts.items()}}
 
@@ -109,6 +133,7 @@ class _Pick:
     """A row as read, before its pictures are decoded; the fields are those of Sample."""
 
     row: int
+    epoch: int
     messages: tuple[Message, ...]
     positives: int
     keys: tuple[int, ...]
@@ -136,13 +161,21 @@ class StageData(Dataset[list[Sample]]):
         places = self.mixture.places(step, self.batch)
         if "contrastive" in self.stage.objectives:
             return self._groups(places)
-        return [self._dialogue(*place) for place in places[self.rank :: self.ranks]]
+        return [self._alone(*place) for place in places[self.rank :: self.ranks]]
 
-    def _dialogue(self, source: int, position: int) -> Sample:
+    def _told(self, source: int, row: int, epoch: int) -> Example:
+        """The row with labels; what it hides depends on the seed, the stage and the row, not on who prepares it. Raises ContentError."""
+        ingredient, stage = self.mixture.ingredients[source], self.stage
+        seed = Dice("corruption", stage.name, ingredient.name, self.seed, epoch, row).below(2**32)
+        if stage.tells == "dialogue":
+            return self.preparer.dialogue(ingredient.source.dialogue(row, epoch), stage, seed)
+        return self.preparer.pair(*ingredient.pair(row, epoch), stage, seed)
+
+    def _alone(self, source: int, position: int) -> Sample:
         ingredient, bad = self.mixture.ingredients[source], list[str]()
         for row, epoch in self.mixture.rows(source, position, self.seed):
             try:
-                example = self.preparer.dialogue(ingredient.source.dialogue(row, epoch), self.stage)
+                example = self._told(source, row, epoch)
             except ContentError as error:
                 bad.append(error.reason)
             else:
@@ -194,7 +227,7 @@ class StageData(Dataset[list[Sample]]):
         # A source draws the order of positives; of the negatives it does not.
         negatives = Dice(ingredient.name, "negatives", self.seed, epoch, row).shuffled(group.negatives)[:wanted]
         messages = (group.query, *positives, *negatives)
-        return _Pick(row, messages, len(positives), tuple(map(key, messages)), wanted - len(negatives))
+        return _Pick(row, epoch, messages, len(positives), tuple(map(key, messages)), wanted - len(negatives))
 
     def _sample(
         self, place: tuple[int, int], rows: Iterator[tuple[int, int]], pick: _Pick, bad: list[str], taken: set[int]
@@ -203,12 +236,14 @@ class StageData(Dataset[list[Sample]]):
         while True:
             try:
                 examples = tuple(self.preparer.item(message, self.stage) for message in pick.messages)
+                told = self._told(place[0], pick.row, pick.epoch) if self.stage.tells else None
             except ContentError as error:
                 bad.append(error.reason)
                 pick, _ = self._pick(place, rows, taken, bad, _TRIES)
                 continue
             name = self.mixture.ingredients[place[0]].name
-            return Sample(pick.row, name, examples, pick.positives, pick.keys, tuple(bad), pick.replaced, pick.duplicate, pick.missing)
+            what = (pick.positives, pick.keys, tuple(bad), pick.replaced, pick.duplicate, pick.missing)
+            return Sample(pick.row, name, examples, *what, told=told)
 
     def _exhausted(self, source: int, position: int, bad: list[str]) -> DataError:
         name = self.mixture.ingredients[source].name

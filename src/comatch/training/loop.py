@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,8 @@ from comatch.core.fingerprint import Fingerprint
 from comatch.data.mixture import Mixture
 from comatch.encoder import Encoder
 from comatch.errors import ComatchError, ConfigError, Stopped, TrainingError
-from comatch.objectives.temperature import Temperature
 from comatch.recipe import Recipe, Stage
+from comatch.training.beside import Beside
 from comatch.training.checkpoint import WEIGHTS, Tensors, atomic_folder
 from comatch.training.faults import explained
 from comatch.training.fit import fit_layers, useful_flops
@@ -107,6 +107,7 @@ class Running:
     evaluate: Evaluate | None
     quiet: bool
     guide: Guide | None = None
+    beside: Beside = field(default_factory=Beside)
 
     def stages(self) -> None:
         """Train what is left to its end."""
@@ -143,20 +144,19 @@ class Running:
         return live
 
     def _live(self, stage: Stage, run: StageRun, quarantine: Quarantine) -> Live:
-        model, temperature, optimizer, scheduler = _prepare(self.accelerator, self.todo.config, self.todo.encoder.backbone, stage, run)
+        model, self.beside, optimizer, scheduler = _prepare(self.accelerator, self.todo.config, self.todo.encoder.backbone, stage, run)
         fit_layers(self.accelerator, self.todo.config, self.todo.encoder.backbone, stage, run)
         reporter = Reporter(self.folder.metrics, stage.name, run.steps, self.accelerator, quiet=self.quiet, every=run.log_every)
         reporter.peak = self.todo.config.peak_tflops
         model.train()
-        modules = {"model": model} | ({"temperature": temperature} if temperature else {})
-        return Live(self.accelerator, modules, optimizer, scheduler, quarantine, reporter)
+        return Live(self.accelerator, {"model": model, **self.beside.modules}, optimizer, scheduler, quarantine, reporter)
 
     def _settle(self, live: Live, stage: Stage, run: StageRun, data: StageData) -> None:
         """Do the first batch for nothing: DDP orders its buckets anew after one, and by that order sums over three processes round."""
         model, accelerator = live.modules["model"], self.accelerator
         if accelerator.num_processes > 2 and isinstance(model, DistributedDataParallel):
             seed = seed_step(self.todo.config.seed, stage.name, 0, accelerator.process_index)
-            take_step(accelerator, model, data[0], stage, run, seed=seed, temperature=live.modules.get("temperature"), judge=self.guide)
+            take_step(accelerator, model, data[0], stage, run, seed=seed, beside=self.beside, judge=self.guide)
             live.optimizer.zero_grad()
 
     def _step(self, live: Live, stage: Stage, run: StageRun, samples: Sequence[Sample]) -> None:
@@ -164,10 +164,11 @@ class Running:
         seed = seed_step(self.todo.config.seed, stage.name, live.step, accelerator.process_index)
         for sample in samples:
             live.quarantine.add(sample)
-        model, temperature = live.modules["model"], live.modules.get("temperature")
+        model = live.modules["model"]
         try:
-            result = take_step(accelerator, model, samples, stage, run, seed=seed, temperature=temperature, judge=self.guide)
+            result = take_step(accelerator, model, samples, stage, run, seed=seed, beside=self.beside, judge=self.guide)
             norm = accelerator.clip_grad_norm_(live.optimizer.param_groups[0]["params"], run.optim.clip)
+            self.beside.clip(run.optim.clip)
             check_finite(torch.as_tensor(norm), "gradient norm")
         except TrainingError as error:
             where = f"stage {stage.name}, step {live.step + 1}, rows {[(sample.source, sample.row) for sample in samples]}"
@@ -273,16 +274,15 @@ def choose(scores: Mapping[str, float], metric: str) -> float:
 
 def _prepare(
     accelerator: Accelerator, config: RunConfig, backbone: Backbone, stage: Stage, run: StageRun
-) -> tuple[nn.Module, Temperature | None, Any, Any]:
+) -> tuple[nn.Module, Beside, Any, Any]:
+    beside = Beside.of(backbone, stage, run, whole=config.adapter.kind == "full")
     open_parameters(config, backbone, stage)
     params = list(adapters.trainable(backbone).values())
     o = run.optim
     optimizer = torch.optim.AdamW(params, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
     model, optimizer = accelerator.prepare(backbone, optimizer)
-    temperature = Temperature(run.loss).to(accelerator.device) if "contrastive" in stage.objectives else None
-    if temperature:
-        temperature.join(optimizer, o)
-    return model, temperature, optimizer, schedule(optimizer, o, run.steps)
+    beside.join(accelerator.device, optimizer, o)
+    return model, beside, optimizer, schedule(optimizer, o, run.steps)
 
 
 def schedule(optimizer: Any, optim: OptimConfig, steps: int) -> Any:

@@ -20,28 +20,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Parcel:
-    """Samples without patches, and the patches: uint8 [patches of all pictures in order, 3 * patch * patch]."""
+    """Samples without pixels, and the pixels: uint8 [patches of all pictures and targets in order, 3 * patch * patch]."""
 
     samples: list[Sample]
     patches: torch.Tensor
 
     @classmethod
     def packed(cls, samples: Sequence[Sample]) -> Parcel:
-        """Take the patches out of samples."""
-        pictures = [picture for sample in samples for example in sample.examples for picture in example.patches]
-        empty = [replace(s, examples=tuple(replace(example, patches=()) for example in s.examples)) for s in samples]
+        """Take the pixels out of samples."""
+        everything = [example for sample in samples for example in sample.everything]
+        pictures = [picture for e in everything for picture in (*e.patches, *([e.targets] if len(e.targets) else []))]
+        empty = [s.with_examples(replace(e, patches=(), targets=e.targets[:, :0]) for e in s.everything) for s in samples]
         return cls(empty, torch.from_numpy(np.concatenate(pictures)) if pictures else torch.zeros(0, 0, dtype=torch.uint8))
 
     def opened(self) -> list[Sample]:
-        """The samples as they were packed; their patches are views into one block of memory."""
+        """The samples as they were packed; their pixels are views into one block of memory."""
         rows, at = self.patches.numpy(), 0
         samples = []
         for sample in self.samples:
             examples: list[Example] = []
-            for example in sample.examples:
+            for example in sample.everything:
                 ends = at + np.cumsum([time * height * width for time, height, width in example.grids], dtype=int)
                 starts = [at, *ends[:-1]]
-                examples.append(replace(example, patches=tuple(rows[a:b] for a, b in zip(starts, ends, strict=False))))
+                patches = tuple(rows[a:b] for a, b in zip(starts, ends, strict=False))
                 at = int(ends[-1]) if len(ends) else at
-            samples.append(replace(sample, examples=tuple(examples)))
+                hidden = len(example.targets)
+                examples.append(replace(example, patches=patches, targets=rows[at : at + hidden] if hidden else example.targets))
+                at += hidden
+            samples.append(sample.with_examples(examples))
         return samples

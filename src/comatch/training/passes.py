@@ -91,6 +91,7 @@ def _stand_in(backbone: Backbone, examples: Sequence[Example], pictured: bool) -
     # One with labels where there is any, so that the head is reached too.
     example = min(examples, key=lambda e: (e.supervised == 0, len(e)))
     text = example.ids != backbone.image_id
+    example = replace(example, targets=example.targets[:0], target_places=example.target_places[:0])
     ids, roles, labels, positions = example.ids[text], example.roles[text], example.labels[text], example.positions[:, text]
     if not pictured:
         return replace(example, ids=ids, roles=roles, labels=labels, positions=positions, patches=(), grids=())

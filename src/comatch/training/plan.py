@@ -100,7 +100,10 @@ def open_data(config: RunConfig, run: StageRun, stage: Stage) -> tuple[StageRun,
         if run.epochs is not None:
             run = run.model_copy(update={"steps": mixture.steps(run.epochs, run.batch), "epochs": None})
         mixture.check(run.steps, run.batch)
-        mixture.try_out(pairs="contrastive" in stage.objectives)
+        if "contrastive" in stage.objectives:
+            mixture.try_out(pairs=True)
+        if stage.tells == "dialogue":
+            mixture.try_out(pairs=False)
     except (ConfigError, DataError) as error:
         raise type(error)(f"stages.{stage.name}: {error}") from error
     return run, mixture
@@ -108,7 +111,7 @@ def open_data(config: RunConfig, run: StageRun, stage: Stage) -> tuple[StageRun,
 
 def open_parameters(config: RunConfig, backbone: Backbone, stage: Stage | None = None) -> None:
     """Freeze everything but what the run trains, or what it trains in one stage, and keep that in float32."""
-    a, head = config.adapter, stage is None or "next_token" in stage.objectives
+    a, head = config.adapter, stage is None or stage.speaks
     targets = tuple(a.targets)
     adapters.attach(
         backbone, a.kind, r=a.r, alpha=a.alpha, dropout=a.dropout, targets=targets, train_vision=a.train_vision, head=head

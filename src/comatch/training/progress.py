@@ -22,7 +22,7 @@ from comatch.errors import TrainingError
 from comatch.training.loader import Quarantine
 from comatch.training.step import StepResult
 
-_SUMS = ("loss", "accuracy", "items", "tokens", "flop", "count")
+_SUMS = ("loss", "accuracy", "items", "tokens", "flop", "count", "parts")
 
 
 class _Stderr(Console):
@@ -57,6 +57,7 @@ class Reporter:
         self.file: IO[str] | None = None
         self.spent = self.loss = self.accuracy = self.flop = 0.0
         self.items = self.tokens = self.count = 0
+        self.parts: dict[str, float] = {}
         self.began = self.told_at = time.perf_counter()
 
     def __enter__(self) -> Reporter:
@@ -66,11 +67,11 @@ class Reporter:
         self.task = self.bar.add_task(self.stage, total=self.steps, told="")
         return self
 
-    def state(self) -> dict[str, float]:
+    def state(self) -> dict[str, Any]:
         """What has been added up since the last line."""
         return {name: getattr(self, name) for name in _SUMS}
 
-    def restore(self, step: int, state: Mapping[str, float]) -> None:
+    def restore(self, step: int, state: Mapping[str, Any]) -> None:
         """Go on after `step` steps with such sums."""
         for name in _SUMS:
             setattr(self, name, state[name])
@@ -89,6 +90,7 @@ class Reporter:
         self.tokens += result.tokens * ranks
         self.flop += flop
         self.count += 1
+        self.parts = {name: self.parts.get(name, 0.0) + part for name, part in result.parts.items()}
         if (step + 1) % self.every and step + 1 < self.steps:
             self.bar.advance(self.task)
             return
@@ -99,6 +101,7 @@ class Reporter:
             "step": step + 1,
             "loss": self.loss / self.count,
             "accuracy": self.accuracy / self.count,
+            **({f"loss_{name}": part / self.count for name, part in self.parts.items()} if len(self.parts) > 1 else {}),
             "gradient_norm": norm,
             "lr": rate,
             **({} if result.temperature is None else {"temperature": result.temperature, "repeated": result.repeated}),
@@ -114,6 +117,7 @@ class Reporter:
         self._write(step + 1, row)
         self.spent = self.loss = self.accuracy = self.flop = 0.0
         self.items = self.tokens = self.count = 0
+        self.parts = {}
         self.began = now
 
     @contextmanager

@@ -8,9 +8,9 @@ pass is an ordinary step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,13 +20,16 @@ from torch import nn
 
 from comatch.backbones.base import Backbone, Vision
 from comatch.config import StageRun
-from comatch.core.batch import Example
+from comatch.core.batch import Batch, Example
 from comatch.core.pooling import group_means, pooled
 from comatch.errors import ConfigError, TrainingError
 from comatch.objectives.contrastive import Pairing, info_nce
+from comatch.objectives.distillation import distillation
+from comatch.objectives.patches import masked_patch
 from comatch.objectives.temperature import Temperature
 from comatch.objectives.tokens import next_token
 from comatch.recipe import Stage, check_vectors
+from comatch.training.beside import Beside
 from comatch.training.loader import Sample
 from comatch.training.passes import Pass, no_sync, open_methods, plan_passes, run_backward
 
@@ -39,6 +42,7 @@ class StepResult:
 
     loss, accuracy (next tokens predicted right, or positives that rank first) are of all ranks; examples, tokens of this one.
     repeated: share of all ranks' items that equal another of their rank and were not encoded again. temperature: of a contrastive loss.
+    parts: the loss of each objective, without its weight, where rows have labels.
     """
 
     loss: float
@@ -47,6 +51,7 @@ class StepResult:
     tokens: int
     repeated: float = 0.0
     temperature: float | None = None
+    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 def token_step(
@@ -55,25 +60,66 @@ def token_step(
     examples: Sequence[Example],
     stage: Stage,
     tokens: int,
-    global_size: int,
     patches: int | None = None,
+    beside: Beside | None = None,
 ) -> StepResult:
-    """Forward and backward of next-token prediction over this rank's examples; gradients are those of the global mean."""
-    backbone = accelerator.unwrap_model(model)
+    """Forward and backward of a stage's objectives on rows with labels or hidden patches; gradients are those of the global means.
+
+    examples: this rank's. Each objective is a mean over the examples of all ranks that have something for it: a picture without text counts
+    for masked patches only. beside: the decoder or teacher that the stage needs.
+    """
+    backbone, beside = accelerator.unwrap_model(model), beside or Beside()
     planned = plan_passes(accelerator, backbone, examples, tokens, patches)
-    sums = torch.zeros(3, device=accelerator.device)
-    scale = accelerator.num_processes * stage.objectives["next_token"] / global_size
+    names = [name for name in stage.objectives if name != "contrastive"]
+    there = [[len(e.target_places) if name == "masked_patch" else e.supervised for name in names] for e in examples]
+    counts = accelerator.reduce((torch.tensor(there, device=accelerator.device) > 0).sum(0), "sum").clamp(min=1).tolist()
+    sums = torch.zeros(len(names) + 2, device=accelerator.device)
     for i, part in reversed(list(enumerate(planned))):
-        batch, real = part.batch, bool(part.members)
+        real = bool(part.members)
         with no_sync(accelerator, model), accelerator.autocast():
-            hidden = model(batch, stage.visibility, read=batch.labels >= 0)
-            losses, hits = next_token(hidden, batch.labels, batch.example, batch.size, backbone.head)
+            losses, hits = row_losses(accelerator, model, part.batch, stage, beside)
             check_finite(losses, "loss")
-        run_backward(accelerator, model, losses.sum() * scale * real, last=i == 0)
+        scale = [accelerator.num_processes * stage.objectives[name] / count * real for name, count in zip(names, counts, strict=True)]
+        run_backward(accelerator, model, (losses * losses.new_tensor(scale)).sum(), last=i == 0)
         if real:
-            sums += torch.cat([losses.detach().sum()[None], hits])
-    loss, right, supervised = accelerator.reduce(sums, "sum").tolist()
-    return StepResult(loss / global_size, right / max(supervised, 1), len(examples), sum(map(len, examples)))
+            sums += torch.cat([losses.detach(), hits])
+    beside.average(accelerator)
+    *totals, right, supervised = accelerator.reduce(sums, "sum").tolist()
+    parts = {name: total / count for name, total, count in zip(names, totals, counts, strict=True)}
+    loss = sum(stage.objectives[name] * part for name, part in parts.items())
+    return StepResult(loss, right / max(supervised, 1), len(examples), sum(map(len, examples)), parts=parts)
+
+
+def row_losses(
+    accelerator: Accelerator, model: nn.Module, batch: Batch, stage: Stage, beside: Beside
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One forward pass: the sum over its examples of each objective but the contrastive one [objectives], and [2] = labels hit, labels."""
+    backbone: Backbone = accelerator.unwrap_model(model)
+    vision = taught = None
+    if beside.teacher:
+        open_methods(backbone)
+        vision = None if backbone.vision_trains else backbone.see(batch)
+        taught = beside.teacher(batch, backbone.tokens, vision)
+    # The decoder's layers look at all states, tokens at their own.
+    hidden = model(batch, stage.visibility, vision, None if beside.decoder else batch.labels >= 0)
+    losses, hits = list[torch.Tensor](), torch.zeros(2, device=hidden.device)
+    rows = (batch.labels, batch.example, batch.size)
+    for name in stage.objectives:
+        if name in ("next_token", "masked_token"):
+            each, hits = next_token(hidden, *rows, backbone.head)
+        elif name == "distillation" and beside.teacher and taught is not None:
+            heads = backbone.head, beside.teacher.backbone.head
+            each, hits = distillation(hidden, taught, *rows, heads, stage.kl_temperature)
+        elif name == "masked_patch" and beside.decoder:
+            predicted = beside.decoder(hidden, batch, stage.visibility, backbone)
+            owner = batch.example.flatten()[batch.target_places]
+            each = masked_patch(predicted, backbone.pixels(batch.targets), owner, batch.size, stage.patch_target == "normalised")
+        elif name == "contrastive":
+            continue
+        else:
+            raise ConfigError(f"stage {stage.name!r} has {name}, but the step got no part for it; pass beside=Beside.of(...)")
+        losses.append(each.sum())
+    return torch.stack(losses), hits
 
 
 def contrastive_step(
@@ -128,16 +174,28 @@ def take_step(
     run: StageRun,
     *,
     seed: int,
-    temperature: Any = None,
+    beside: Beside,
     judge: Callable[[Sequence[Sample], int], torch.Tensor] | None = None,
-    size: int | None = None,
 ) -> StepResult:
-    """The step of a stage's objective. judge: gives a guide's vectors of samples. size: the global batch, where it is not the run's."""
+    """The step of a stage's objectives. judge: gives a guide's vectors of samples. beside: what the stage needs besides the model.
+
+    A stage that matches and has rows with labels does one after the other; their gradients add up.
+    """
+    matched = told = None
     if "contrastive" in stage.objectives:
         guide = judge(samples, run.tokens_per_pass) if judge else None
-        return contrastive_step(accelerator, model, samples, stage, run, seed=seed, temperature=temperature, guide=guide)
-    examples = [sample.examples[0] for sample in samples]
-    return token_step(accelerator, model, examples, stage, run.tokens_per_pass, size or run.batch, run.patches_per_pass)
+        matched = contrastive_step(accelerator, model, samples, stage, run, seed=seed, temperature=beside.temperature, guide=guide)
+    if stage.tells:
+        rows = [sample.labelled for sample in samples]
+        told = token_step(accelerator, model, rows, stage, run.tokens_per_pass, run.patches_per_pass, beside)
+    if matched and told:
+        parts = {"contrastive": matched.loss, **told.parts}
+        loss = stage.objectives["contrastive"] * matched.loss + told.loss
+        return replace(matched, loss=loss, tokens=matched.tokens + told.tokens, parts=parts)
+    done = matched or told
+    if done is None:
+        raise ConfigError(f"stage {stage.name!r} has the objectives {list(stage.objectives)}, and no step for any of them")
+    return done
 
 
 def check_finite(value: torch.Tensor, what: str) -> None:
@@ -223,7 +281,7 @@ def _loss(
     stage: Stage,
     temperature: Temperature,
     guide: torch.Tensor | None,
-) -> tuple[dict[str, float], torch.Tensor]:
+) -> tuple[dict[str, Any], torch.Tensor]:
     """Figures of the global loss, and its gradient by this rank's vectors, times the number of ranks (the later mean divides)."""
     sizes = accelerator.gather(torch.tensor([[len(vectors), encoded]], device=accelerator.device))
     counts = sizes[:, 0].tolist()

@@ -21,9 +21,9 @@ from comatch.core.packing import collate
 from comatch.core.pooling import pool
 from comatch.data.mixture import Mixture
 from comatch.errors import ComatchError
-from comatch.objectives.temperature import Temperature
 from comatch.recipe import Stage
 from comatch.training import dry
+from comatch.training.beside import Beside
 from comatch.training.guide import Guide
 from comatch.training.loader import Sample, StageData
 from comatch.training.machine import Finding
@@ -83,13 +83,14 @@ def _steps(todo: Plan, stage: Stage, run: StageRun, batches: Sequence[list[Sampl
     low = "bf16" if config.precision == "bf16" else "no"
     accelerator = Accelerator(mixed_precision=low, cpu=config.device == "cpu")
     torch.manual_seed(config.seed)
+    beside = Beside.of(backbone, stage, run, whole=config.adapter.kind == "full")
     open_parameters(config, backbone, stage)
     # Plain steps at the full rate: the run's own schedule begins at zero.
     optimizer = torch.optim.AdamW(adapters.trainable(backbone).values(), lr=run.optim.lr)
     model, optimizer = accelerator.prepare(backbone, optimizer)
-    temperature = Temperature(run.loss).to(accelerator.device) if "contrastive" in stage.objectives else None
+    beside.join(accelerator.device, optimizer, run.optim)
     with accelerator.autocast():
-        pairs = _pairs(accelerator.unwrap_model(model.eval()), stage, run, batches[0]) if temperature else None
+        pairs = _pairs(accelerator.unwrap_model(model.eval()), stage, run, batches[0]) if beside.temperature else None
     judge = Guide.load(run.loss.guide, todo.encoder, accelerator.device) if run.loss.guide else None
     trial = Trial([], [], set(), set(), len(batches[0]), pairs)
     model.train()
@@ -97,9 +98,9 @@ def _steps(todo: Plan, stage: Stage, run: StageRun, batches: Sequence[list[Sampl
         torch.cuda.reset_peak_memory_stats()
     for number, samples in enumerate(batches):
         began = time.perf_counter()
-        size = len(samples)
-        result = take_step(accelerator, model, samples, stage, run, seed=number, temperature=temperature, judge=judge, size=size)
-        trial.losses.append(result.loss)
+        result = take_step(accelerator, model, samples, stage, run, seed=number, beside=beside, judge=judge)
+        # Of several objectives the first tells how good the guess is.
+        trial.losses.append(next(iter(result.parts.values()), result.loss))
         for name, parameter in accelerator.unwrap_model(model).named_parameters():
             if parameter.grad is not None and bool(parameter.grad.any()):
                 (trial.reached if parameter.requires_grad else trial.strays).add(name)
