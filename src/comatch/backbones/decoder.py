@@ -30,13 +30,11 @@ class PatchDecoder(nn.Module):
     @classmethod
     def of(cls, backbone: Backbone, layers: int) -> PatchDecoder:
         """A decoder for a backbone that has no adapter yet; in float32, all of it trains."""
-        stack, processor = backbone.text.layers, backbone.processor
+        stack = backbone.text.layers
         copies = [deepcopy(stack[len(stack) // 2]) for _ in range(layers)]
         for copy in copies:
             copy.gradient_checkpointing = False
-        # The frames of a still are equal, so one is predicted (backbones/stills.py).
-        values = processor.merge_size**2 * 3 * processor.patch_size**2
-        return cls(copies, backbone.dim, values).float().requires_grad_(True).to(backbone.device)
+        return cls(copies, backbone.dim, _values(backbone)).float().requires_grad_(True).to(backbone.device)
 
     def forward(self, hidden: torch.Tensor, batch: Batch, visibility: Visibility, backbone: Backbone) -> torch.Tensor:
         """Pixels of the hidden visual tokens: [hidden tokens, merge * merge * 3 * patch * patch]. hidden: [rows, seq, dim]."""
@@ -46,3 +44,15 @@ class PatchDecoder(nn.Module):
                 hidden = layer(hidden, attention_mask=None, position_embeddings=rotary, use_cache=False, **visible)
         predicted: torch.Tensor = self.out(hidden.flatten(0, 1)[batch.target_places])
         return predicted
+
+
+def decoder_size(backbone: Backbone, layers: int) -> int:
+    """Parameters of a patch decoder for a backbone, with or without an adapter."""
+    stack = backbone.text.layers
+    layer = sum(p.numel() for name, p in stack[len(stack) // 2].named_parameters() if "lora_" not in name)
+    return layers * layer + (backbone.dim + 1) * _values(backbone)
+
+
+def _values(backbone: Backbone) -> int:
+    """Numbers of one visual token's pixels. The frames of a still are equal, so one is predicted (backbones/stills.py)."""
+    return int(backbone.processor.merge_size**2 * 3 * backbone.processor.patch_size**2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import Qwen2_5_VLConfig
+from transformers import PretrainedConfig, Qwen2_5_VLConfig, Qwen2VLConfig
 
 _TOKENS = {"image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652, "vision_end_token_id": 151653}
 _VISION = {
@@ -23,10 +23,15 @@ _TEXT = {
 }
 
 
-def _config(text: dict[str, Any], tied: bool) -> Qwen2_5_VLConfig:
-    return Qwen2_5_VLConfig(
+_OLDER_VISION = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14}
+
+
+def _config(kind: type[PretrainedConfig], text: dict[str, Any], tied: bool) -> PretrainedConfig:
+    older = kind is Qwen2VLConfig  # its tower has no windows, and calls the language model's width its hidden_size
+    vision = _OLDER_VISION | {"hidden_size": text["hidden_size"]} if older else _VISION | {"out_hidden_size": text["hidden_size"]}
+    return kind(
         text_config=_TEXT | text | {"tie_word_embeddings": tied},
-        vision_config=_VISION | {"out_hidden_size": text["hidden_size"]},
+        vision_config=vision,
         tie_word_embeddings=tied,
         **_TOKENS,
     )
@@ -37,14 +42,27 @@ def known() -> tuple[str, ...]:
     return tuple(_SHAPES)
 
 
-def config_of(name: str) -> Qwen2_5_VLConfig:
+def config_of(name: str) -> PretrainedConfig:
     """The config of a recorded hub id."""
-    text, tied = _SHAPES[name]
-    return _config(text, tied)
+    return _config(*_SHAPES[name])
 
 
-_SHAPES: dict[str, tuple[dict[str, Any], bool]] = {
+_SHAPES: dict[str, tuple[type[PretrainedConfig], dict[str, Any], bool]] = {
+    "Qwen/Qwen2-VL-2B-Instruct": (
+        Qwen2VLConfig,
+        {
+            "hidden_size": 1536,
+            "intermediate_size": 8960,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 2,
+            "vocab_size": 151936,
+            "max_position_embeddings": 32768,
+        },
+        True,
+    ),
     "Qwen/Qwen2.5-VL-3B-Instruct": (
+        Qwen2_5_VLConfig,
         {
             "hidden_size": 2048,
             "intermediate_size": 11008,
@@ -56,6 +74,7 @@ _SHAPES: dict[str, tuple[dict[str, Any], bool]] = {
         True,
     ),
     "Qwen/Qwen2.5-VL-7B-Instruct": (
+        Qwen2_5_VLConfig,
         {
             "hidden_size": 3584,
             "intermediate_size": 18944,

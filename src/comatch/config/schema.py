@@ -52,7 +52,7 @@ class OptimConfig(Part):
     eps: float = Field(default=1e-8, gt=0)
     clip: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient."""
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
 
     @model_validator(mode="after")
     def _decaying(self) -> OptimConfig:

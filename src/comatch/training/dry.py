@@ -29,7 +29,7 @@ from comatch.data.mixture import Ingredient, Mixture
 from comatch.errors import DataError
 from comatch.recipe import ROLES, Stage
 from comatch.recipes import load_recipe
-from comatch.training.fit import beside_flops, demand, told_layers, trained_part
+from comatch.training.fit import beside_bytes, beside_flops, demand, told_layers, trained_part
 from comatch.training.loader import Sample, StageData
 from comatch.training.plan import UNTRAINED, Plan, check_stages, open_data, open_parameters, plan_encoder
 
@@ -170,6 +170,7 @@ def _stage(todo: Plan, stage: Stage, run: StageRun) -> tuple[list[str], StageRun
     if longest > run.tokens_per_pass:
         lines.append(f"  note: an example of {longest:,} tokens, above tokens_per_pass={run.tokens_per_pass:,}, gets a pass of its own")
     parts = memory(todo, a_pass, a_pass * patches / tokens)
+    parts = beside_bytes(todo.encoder.backbone, stage, todo.config.adapter.kind == "full") | parts
     told = " + ".join(f"{_bytes(n)} {what}" for what, n in parts.items())
     lines.append(f"  {'memory':<11}about {_bytes(sum(parts.values()))} in each process: {told} of a pass of {a_pass:,.0f} tokens")
     work = _work(todo, stage, run, samples, cached=run.batch * tokens > run.tokens_per_pass)

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from comatch.backbones import adapters
 from comatch.backbones.base import Backbone
+from comatch.backbones.decoder import decoder_size
 from comatch.backbones.memory import RESERVE, Demand, free_memory, head_bytes, recompute, vision_bytes
 from comatch.config import AdapterConfig, RunConfig, StageRun
 from comatch.core.batch import Example
@@ -44,6 +45,16 @@ def beside_flops(shape: Shape, stage: Stage, examples: Sequence[Example]) -> flo
     return work
 
 
+def beside_bytes(backbone: Backbone, stage: Stage, whole: bool) -> dict[str, float]:
+    """What a stage's patch decoder takes with its gradient and moments, and its teacher where all weights train and so are copied."""
+    held: dict[str, float] = {}
+    if "masked_patch" in stage.objectives:
+        held["patch decoder"] = 16 * decoder_size(backbone, stage.decoder_layers)
+    if "distillation" in stage.objectives and whole:
+        held["teacher"] = float(sum(p.numel() * p.element_size() for p in backbone.parameters()))
+    return held
+
+
 def demand(config: RunConfig, shape: Shape) -> Demand:
     """What a pass keeps for each token under a run's adapter and precision."""
     return Demand.of(shape, trained_part(config.adapter), config.adapter.kind, config.precision == "bf16")
@@ -75,6 +86,7 @@ def _needed(accelerator: Accelerator, config: RunConfig, backbone: Backbone, sta
     free -= 12 * sum(p.numel() for p in adapters.trainable(backbone).values())
     if stage.speaks:
         free -= head_bytes(shape, low)
+    free -= sum(beside_bytes(backbone, stage, config.adapter.kind == "full").values())
     if config.adapter.train_vision:
         free -= vision_bytes(shape, run.patches_per_pass or run.tokens_per_pass * shape.merge**2, low)
     tokens = run.tokens_per_pass * (run.keep_passes if "contrastive" in stage.objectives else 1)

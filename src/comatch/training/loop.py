@@ -20,7 +20,7 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gath
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
-from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
+from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from comatch.backbones import adapters
 from comatch.backbones.base import Backbone
@@ -286,11 +286,12 @@ def _prepare(
 
 
 def schedule(optimizer: Any, optim: OptimConfig, steps: int) -> Any:
-    """Linear warm-up over a share of the steps, then cosine to zero or constant."""
+    """Linear warm-up over a share of the steps, then to zero by a cosine or a line, or constant."""
     warmup = round(optim.warmup * steps)
     if optim.schedule == "constant":
         return get_constant_schedule_with_warmup(optimizer, warmup)
-    return get_cosine_schedule_with_warmup(optimizer, warmup, steps)
+    fall = get_linear_schedule_with_warmup if optim.schedule == "linear" else get_cosine_schedule_with_warmup
+    return fall(optimizer, warmup, steps)
 
 
 def _open_trackers(accelerator: Accelerator, config: RunConfig, path: Path) -> None:
