@@ -50,7 +50,8 @@ def decoder_size(backbone: Backbone, layers: int) -> int:
     """Parameters of a patch decoder for a backbone, with or without an adapter."""
     stack = backbone.text.layers
     layer = sum(p.numel() for name, p in stack[len(stack) // 2].named_parameters() if "lora_" not in name)
-    return layers * layer + (backbone.dim + 1) * _values(backbone)
+    size: int = layers * layer + (backbone.dim + 1) * _values(backbone)
+    return size
 
 
 def _values(backbone: Backbone) -> int:
