@@ -186,7 +186,7 @@ class Backbone(nn.Module):
 
     def pixels(self, patches: torch.Tensor) -> torch.Tensor:
         """Patches as the processor normalises them: uint8 to float32, both [patches, 3 * patch * patch]."""
-        pixels = patches.reshape(len(patches), 3, -1).float() / 255
+        pixels = patches.reshape(-1, 3, self.processor.patch_size**2).float() / 255
         return ((pixels - self.mean.view(3, 1)) / self.std.view(3, 1)).flatten(1)
 
     def _vision_settings(self) -> list[str]:
