@@ -22,7 +22,7 @@ from comatch.core.batch import ROLE_ID, Batch, Example
 from comatch.core.masks import dense
 from comatch.core.packing import collate
 from comatch.core.segments import Segments, compile_segments
-from comatch.data.mixture import Ingredient
+from comatch.data.mixture import Ingredient, Mixture
 from comatch.data.scenes import scene
 from comatch.data.sources import open_source
 from comatch.encoder import Encoder
@@ -32,6 +32,7 @@ from comatch.recipes import RECIPES, load_recipe
 from comatch.training import loop
 from comatch.training.doctor import examine
 from comatch.training.dry import describe
+from comatch.training.loader import StageData, batches
 
 BRIDGES = ("cocoa", "cocoa-sealed", "cocoa-strict")
 Folders = Callable[[str], Path]
@@ -265,6 +266,33 @@ def test_two_processes_train_what_one_trains(
     first, second = weights(tmp_path / "1"), weights(tmp_path / "2")
     assert first.keys() == second.keys()
     assert max(float((first[k] - second[k]).abs().max()) for k in first) < 2e-3  # AdamW's first steps are of full size whatever the slope
+
+
+@pytest.mark.parametrize("name", ["cocoa-nano", "moca-nano"])
+def test_the_shipped_runs_train(tmp_path: Path, name: str) -> None:
+    path = Path(__file__).resolve().parent.parent / "runs" / f"{name}.yaml"
+    stages = load_config(path).stages
+    short = [f"stages.{stage}.{setting}" for stage in stages for setting in ("steps=2", "batch=4", "log_every=1")]
+    config = load_config(path, [*short, f"output={tmp_path / 'run'}", "device=cpu"])
+    rows = loop.read_metrics(loop.train(config, quiet=True) / "metrics.jsonl")
+    assert [row["stage"] for row in rows] == [stage for stage in stages for _ in range(2)]
+    assert all(np.isfinite(row["loss"]) for row in rows)
+
+
+def test_a_joint_row_is_of_the_pairs_row_for_any_number_of_workers(folder_of: Folders) -> None:
+    recipe = load_recipe("coma-joint").with_tokens(4)
+    encoder, stage, source = Encoder.load(folder_of("qwen2_5_vl"), recipe=recipe), recipe.stages[0], open_source("scenes", limit=30)
+    data = StageData(Mixture((Ingredient("scenes", source),)), encoder.preparer, stage, seed=0, batch=4)
+    told = {}
+    for workers in (0, 1):
+        samples = [sample for batch in batches(data, 0, 3, workers) for sample in batch]
+        told[workers] = [(s.row, [(e.ids.tolist(), [p.tolist() for p in e.patches]) for e in s.everything]) for s in samples]
+    assert told[0] == told[1] and all(len(everything) == 3 for _, everything in told[0])
+    for sample in samples:
+        query, _, dialogue = sample.everything
+        n = len(query)
+        assert sample.labelled is dialogue and dialogue.supervised and not query.supervised
+        assert np.array_equal(dialogue.ids[:n], query.ids) and np.array_equal(dialogue.patches[0], query.patches[0])
 
 
 def test_a_prompt_counts_for_stages_that_read_pairs(folder_of: Folders, tmp_path: Path) -> None:
