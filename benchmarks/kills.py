@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 OUT = Path(__file__).resolve().parent / "results" / "kills.json"
-TIMING = {"items_per_second", "tokens_per_second", "tflops", "mfu", "data_wait", "peak_memory_mib"}
+TIMING = {"items_per_second", "tokens_per_second", "tflops", "mfu", "imbalance", "data_wait", "peak_memory_mib"}
 RUN = """
 name: kills
 model: {model}
@@ -63,6 +63,12 @@ def ended(processes: list[subprocess.Popen[bytes]]) -> bool:
 def unfinished(folder: Path) -> bool:
     """Whether something is being written."""
     return any(folder.glob(".unfinished-*")) or any((folder / "checkpoints").glob(".unfinished-*"))
+
+
+def complete(folder: Path) -> bool:
+    """Whether a run says that it is at its end."""
+    manifest = folder / "manifest.json"
+    return manifest.is_file() and json.loads(manifest.read_text())["status"] == "complete"
 
 
 def kill(processes: list[subprocess.Popen[bytes]], folder: Path, after: float, inside: bool) -> bool:
@@ -120,6 +126,8 @@ def measure(ranks: int, kills: int, dice: random.Random, file: Path, root: Path)
                 break
             done += 1
             cut += unfinished(folder)
+            if complete(folder):  # the kill came after the last write, before the process was gone
+                break
             print(f"  kill {done:3} of {kills} after {after:5.1f} s{', inside a write' if unfinished(folder) else ''}", flush=True)
         found, manifest = result(folder), json.loads((folder / "manifest.json").read_text())
         assert not any(row["changes"] for row in manifest["resumed"]), f"something was changed while this ran: {manifest['resumed']}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -12,6 +12,7 @@ from comatch.backbones.base import Backbone
 from comatch.backbones.memory import RESERVE, Demand, free_memory, head_bytes, recompute, vision_bytes
 from comatch.config import AdapterConfig, RunConfig, StageRun
 from comatch.core.flops import Shape, Trains, work_of
+from comatch.core.packing import Size
 from comatch.recipe import Stage
 from comatch.training.loader import Sample
 
@@ -27,6 +28,12 @@ def useful_flops(config: RunConfig, backbone: Backbone, stage: Stage, samples: S
     """Forward and backward work of a step's samples, without padding and without any pass that is run a second time."""
     trains, examples = trained_part(config.adapter), [example for sample in samples for example in sample.examples]
     return trains.flops(work_of(Shape.of(backbone.stock.config), examples, stage.visibility, trains))
+
+
+def cost_of(backbone: Backbone) -> Callable[[Size], float]:
+    """What an example of some size costs, in FLOP of a forward pass; attention, a few percent, is left out."""
+    shape = Shape.of(backbone.stock.config)
+    return lambda size: float(size.tokens * shape.text_token + size.patches * shape.patch)
 
 
 def demand(config: RunConfig, shape: Shape) -> Demand:

@@ -28,7 +28,7 @@ from comatch.objectives.temperature import Temperature
 from comatch.objectives.tokens import next_token
 from comatch.recipe import Stage, check_vectors
 from comatch.training.loader import Sample
-from comatch.training.passes import Pass, no_sync, open_methods, plan_passes, run_backward
+from comatch.training.passes import Pass, fill, no_sync, open_methods, plan_passes, run_backward
 
 _QUERY, _POSITIVE, _NEGATIVE = range(3)
 
@@ -38,13 +38,16 @@ class StepResult:
     """What one step did.
 
     loss, accuracy (next tokens predicted right, or positives that rank first) are of all ranks; examples, tokens of this one.
-    repeated: share of all ranks' items that equal another of their rank and were not encoded again. temperature: of a contrastive loss.
+    filled, slots: places that held a token, and all places, in one run through this rank's passes. repeated: share of all ranks' items that
+    equal another of their rank and were not encoded again. temperature: of a contrastive loss.
     """
 
     loss: float
     accuracy: float
     examples: int
     tokens: int
+    filled: int = 0
+    slots: int = 0
     repeated: float = 0.0
     temperature: float | None = None
 
@@ -73,7 +76,7 @@ def token_step(
         if real:
             sums += torch.cat([losses.detach().sum()[None], hits])
     loss, right, supervised = accelerator.reduce(sums, "sum").tolist()
-    return StepResult(loss / global_size, right / max(supervised, 1), len(examples), sum(map(len, examples)))
+    return StepResult(loss / global_size, right / max(supervised, 1), len(examples), sum(map(len, examples)), *fill(planned))
 
 
 def contrastive_step(
@@ -117,7 +120,8 @@ def contrastive_step(
         means = kept.pop(i) if i in kept else once(i, part)
         weights = merged[part.members] if part.members else torch.zeros_like(means)
         run_backward(accelerator, model, (means * weights).sum(), last=i == 0)
-    return StepResult(tokens=sum(map(len, examples)), examples=len(samples), **result)
+    filled, slots = fill(planned)
+    return StepResult(examples=len(samples), tokens=sum(map(len, examples)), filled=filled, slots=slots, **result)
 
 
 def take_step(
