@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cli_run import run
+from fixtures.mmeb import write_v1
 from PIL import Image as PILImage
 
 from comatch.content import Image, Mark, Message, Text, Video
@@ -20,7 +21,9 @@ from comatch.encoder import Encoder
 from comatch.errors import EvaluationError, ModelError
 from comatch.evaluation.metrics import Score
 from comatch.evaluation.mmeb import mmeb_tasks
+from comatch.evaluation.protocols import protocol_of
 from comatch.evaluation.tasks import Task, evaluate, scene_tasks
+from comatch.recipes import load_recipe
 
 mteb = pytest.importorskip("mteb")
 
@@ -67,41 +70,19 @@ def test_the_same_numbers_through_mteb_the_library_and_the_command_line(encoder:
     assert {one["name"]: round(one["hit"], 5) for one in told} == {name: one["main_score"] for name, one in found.items()}
 
 
-def mmeb(folder: Path) -> Path:
-    """Three small datasets of MMEB-V1 as published: a dangling mark, one picture with two captions, a pool of labels."""
-    (folder / "images").mkdir(parents=True)
-    for i in range(6):
-        PILImage.fromarray(scene(0, i).draw()).save(folder / "images" / f"{i}.png")
-    whole, colours = "<|image_1|>\nRepresent the given image.\n", ["red", "blue_green", "grey"]
-    news = "<|image_1|>\nRepresent the given Wikipedia image with related text information: {}\n"
-    asked = "<|image_1|>\nFind a Wikipedia image that answers this question: {}\n"
-    alike = "<|image_1|>\nFind a day-to-day image that looks similar to the provided image.\n"
-    look = "<|image_1|>\nIdentify the object shown in the image\n"
-    told = [[news.format(word) for word in (colour, "one", "two")] for colour in colours]
-    rows = {
-        "VOC2007": [(look, f"{i}.png", colours[i % 3 :] + colours[: i % 3], [""] * 3) for i in range(6)],
-        "WebQA": [(asked.format(colours[i]), "", told[i], [f"{i}.png", f"{i}.png", "5.png"]) for i in range(3)],
-        "NIGHTS": [(alike, f"{i}.png", [whole] * 4, [f"{(i + j) % 6}.png" for j in range(4)]) for i in range(6)],
-    }
-    for name, lines in rows.items():
-        keys = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
-        (folder / name).mkdir()
-        (folder / name / "test.jsonl").write_text("".join(json.dumps(dict(zip(keys, line, strict=True))) + "\n" for line in lines))
-    return folder
-
-
-def test_mmeb_gives_the_same_numbers_everywhere(encoder: Encoder, model: Path, tmp_path: Path) -> None:
-    names, data = ["VOC2007", "WebQA", "NIGHTS"], mmeb(tmp_path / "mmeb")
-    tasks = mmeb_tasks(data, names=names)
-    library = {score.name: score for score in evaluate(encoder, tasks)}
-    found = scores(encoder, [mteb_task(task) for task in tasks])
-    assert set(found) == set(library) == set(names)
+def test_nano_gets_the_same_numbers_on_mmeb_everywhere(tmp_path: Path) -> None:
+    """The shipped model on the whole fixture: library, command line and mteb."""
+    data = write_v1(tmp_path / "mmeb")
+    saved = Encoder.load("comatch-nano", recipe=load_recipe("coma").with_tokens(4)).save(tmp_path / "nano")
+    nano, tasks = protocol_of("comatch").ready(Encoder.load(saved)), mmeb_tasks(data)
+    library = {score.name: score for score in evaluate(nano, tasks)}
+    assert len(library) == 36 and len({score.hit for score in library.values()}) > 3, "the numbers say something"
+    found = scores(nano, [mteb_task(task) for task in tasks])
     for name, score in library.items():
         assert in_mtebs_words(score) == {key: found[name][key] for key in in_mtebs_words(score)}, name
-    chosen = [part for name in names for part in ("--task", name)]
-    ran = run("evaluate", model, "--suite", "mmeb-v1", "--data", data, "--out", tmp_path / "out", *chosen, "--allow-missing", "--json")
-    assert {one["name"]: round(one["hit"], 5) for one in json.loads(ran.out)["tasks"]} == {n: one["main_score"] for n, one in found.items()}
-    assert any(0 < score.hit < 1 for score in library.values())
+    ran = run("evaluate", saved, "--suite", "mmeb-v1", "--data", data, "--out", tmp_path / "out", "--json")
+    told = {one["name"]: round(one["hit"], 5) for one in json.loads(ran.out)["tasks"]}
+    assert told == {name: one["main_score"] for name, one in found.items()}
 
 
 def png(mode: str, colour: Any) -> bytes:

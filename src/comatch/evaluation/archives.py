@@ -24,7 +24,7 @@ from comatch.errors import DataError, EvaluationError, ImageError
 from comatch.pictures import ImageLimits, Stored
 
 SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-_LIMITS = ImageLimits(max_aspect=2_000)  # crops of one pixel's width occur; the image settings decide what becomes of them
+LIMITS = ImageLimits(max_aspect=2_000)  # crops of one pixel's width occur; the image settings decide what becomes of them
 _PREFIXES = ("", "MMEB/", "images/", "image-tasks/", "video-tasks/frames/")
 _LOCAL = struct.Struct("<4s22xHH")  # a zip member's own header: signature, lengths of name and of extra field
 _LOCK = threading.Lock()
@@ -90,7 +90,7 @@ class Pictures:
         if source is None:
             looked = ", ".join(map(str, self.places)) or "no place, as none is there"
             raise EvaluationError(f"there is no picture {path!r}; looked in {looked}")
-        return Image(source, _LIMITS)
+        return Image(source, LIMITS)
 
     def listed(self, folder: str) -> tuple[str, ...]:
         """The names of pictures and folders in a folder, numbers in them counted as numbers; () where no place has it."""

@@ -24,6 +24,7 @@ import torch
 from comatch.content import Image, Mark, Message, Text, Video
 from comatch.encoder import Encoder
 from comatch.errors import EvaluationError, MissingExtra
+from comatch.evaluation.archives import LIMITS
 from comatch.evaluation.metrics import TIE
 from comatch.evaluation.tasks import Task
 from comatch.pictures import Pixels, opened
@@ -159,7 +160,7 @@ def _written(message: Message) -> str:
 
 def _read(written: str, picture: Any) -> Message:
     told = json.loads(written)
-    kinds: dict[str, Callable[..., Text | Image]] = {"mark": Mark, "text": Text, "image": partial(Image, picture)}
+    kinds: dict[str, Callable[..., Text | Image]] = {"mark": Mark, "text": Text, "image": partial(Image, picture, LIMITS)}
     return Message(tuple(kinds[kind](*value) for kind, *value in told["parts"]), told["instruction"])
 
 
@@ -186,7 +187,7 @@ def _messages(batch: Mapping[str, Sequence[Any]], told: str, apart: bool) -> lis
     messages = []
     for text, picture in zip(batch.get("text") or [""] * len(pictures), pictures, strict=True):
         words = text if apart else " ".join(filter(None, (told, text)))
-        shown = () if picture is None else (Image(picture),)
+        shown = () if picture is None else (Image(picture, LIMITS),)
         messages.append(Message((*shown, Text(words)), told if apart else ""))
     return messages
 
