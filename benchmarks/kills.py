@@ -4,7 +4,7 @@ SIGKILL comes at random moments, every second one inside the writing of a checkp
 time; a run that got to its end is compared to the bit, weights of every stage and lines of metrics, and another one is begun until there
 were enough kills. LoRA dropout is on. Writes benchmarks/results/kills.json.
 
-    python benchmarks/kills.py [--kills 50] [--ranks 1 2] [--seed 0] [--model comatch-nano] [--out FILE]
+    python benchmarks/kills.py [--kills 50] [--ranks 1 2] [--reach 0.25] [--seed 0] [--model comatch-nano] [--out FILE]
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 OUT = Path(__file__).resolve().parent / "results" / "kills.json"
-TIMING = {"items_per_second", "tokens_per_second", "tflops", "mfu", "data_wait", "peak_memory_mib"}
+TIMING = {"items_per_second", "tokens_per_second", "tflops", "mfu", "imbalance", "data_wait", "peak_memory_mib"}
 RUN = """
 name: kills
 model: {model}
@@ -65,6 +65,12 @@ def unfinished(folder: Path) -> bool:
     return any(folder.glob(".unfinished-*")) or any((folder / "checkpoints").glob(".unfinished-*"))
 
 
+def complete(folder: Path) -> bool:
+    """Whether a run says that it is at its end."""
+    manifest = folder / "manifest.json"
+    return manifest.is_file() and json.loads(manifest.read_text())["status"] == "complete"
+
+
 def kill(processes: list[subprocess.Popen[bytes]], folder: Path, after: float, inside: bool) -> bool:
     """SIGKILL all processes so many seconds from now, or at the next write from then on; False where they ended before that."""
     until = time.monotonic() + after
@@ -95,8 +101,8 @@ def finish(processes: list[subprocess.Popen[bytes]], log: Path) -> None:
     assert codes == [0] * len(codes), f"ended with {codes}:\n{log.read_text()[-4000:]}"
 
 
-def measure(ranks: int, kills: int, dice: random.Random, file: Path, root: Path) -> dict[str, Any]:
-    """Kill runs on so many processes so many times."""
+def measure(ranks: int, kills: int, reach: float, dice: random.Random, file: Path, root: Path) -> dict[str, Any]:
+    """Kill runs on so many processes so many times, each within this share of a whole run."""
     log, whole, began = root / f"log{ranks}", root / f"whole{ranks}", time.monotonic()
     processes = start(file, whole, ranks, log)
     while not (whole / "metrics.jsonl").exists() and not ended(processes):
@@ -114,12 +120,14 @@ def measure(ranks: int, kills: int, dice: random.Random, file: Path, root: Path)
         folder = root / f"run{ranks}-{runs}"
         while True:
             processes = start(file, folder, ranks, log)
-            inside, after = done % 2 == 1, dice.uniform(0.8 * warm, warm + 0.7 * (spent - warm))
+            inside, after = done % 2 == 1, dice.uniform(0.8 * warm, warm + reach * (spent - warm))
             if done == kills or not kill(processes, folder, after, inside):
                 finish(processes, log)
                 break
             done += 1
             cut += unfinished(folder)
+            if complete(folder):  # the kill came after the last write, before the process was gone
+                break
             print(f"  kill {done:3} of {kills} after {after:5.1f} s{', inside a write' if unfinished(folder) else ''}", flush=True)
         found, manifest = result(folder), json.loads((folder / "manifest.json").read_text())
         assert not any(row["changes"] for row in manifest["resumed"]), f"something was changed while this ran: {manifest['resumed']}"
@@ -139,6 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--reach", type=float, default=0.25, help="how far a run may come before it is killed: a share of a whole one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", default="comatch-nano")
     parser.add_argument("--out", type=Path, default=OUT)
@@ -147,9 +156,10 @@ def main() -> None:
         root = Path(scratch)
         file = root / "run.yaml"
         file.write_text(RUN.format(model=options.model))
-        found = [measure(ranks, options.kills, random.Random(f"{options.seed}:{ranks}"), file, root) for ranks in options.ranks]
+        dice = [random.Random(f"{options.seed}:{ranks}") for ranks in options.ranks]
+        found = [measure(ranks, options.kills, options.reach, d, file, root) for ranks, d in zip(options.ranks, dice, strict=True)]
     packages = {name: version(name) for name in ("comatch", "torch", "transformers", "accelerate")}
-    record = {"model": options.model, "seed": options.seed, "packages": packages, "results": found}
+    record = {"model": options.model, "seed": options.seed, "reach": options.reach, "packages": packages, "results": found}
     options.out.write_text(json.dumps(record, indent=1) + "\n")
     kills, runs = (sum(row[name] for row in found) for name in ("kills", "runs"))
     print(f"{options.out} written: {kills} kills, {runs} runs, all equal to the bit")

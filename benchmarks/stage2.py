@@ -6,7 +6,7 @@ Queries are captions, targets pictures (JPEG files, longer sides drawn log-unifo
 
     comatch     contrastive_step from picture files: token budget, texts apart from pictures, each picture decoded and seen once a step
     reference   GradCache in padded chunks of 8, dense 4-D mask through SDPA, PEFT's adapter, the head at every place, stock processor in
-                the main process for each of the two passes
+                the main process, once a step as a collator runs it
 
 From item to gradient on both sides; the reference is given token ids and positions. No ratio is given unless losses and gradients agree
 in the same run. 1,024 pairs, as on a GPU, would take a CPU an hour; the ratio depends little on their number, because both ways cut the
@@ -16,14 +16,15 @@ batch to pieces: `--pairs` says so with --pairs 32 and 128.
 from __future__ import annotations
 
 import argparse
+import io
 import statistics
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from measure import RESULTS, compare, machine, ratio, told, write
+from PIL import Image as PILImage
 from reference import Item
 from stage1 import Sides, checked, make_dialogues, small
 from transformers.utils import logging
@@ -66,8 +67,14 @@ def measure(sides: Sides, n: int, tokens: int, rounds: int) -> dict[str, Any]:
         return contrastive_step(sides.accelerator, sides.encoder.backbone, samples_of(sides, pairs), stage, run, seed=0).loss
 
     samples = samples_of(sides, pairs)
-    items = [(Item(s.examples[0]), Item(s.examples[1], (file,))) for s, (_, _, file) in zip(samples, pairs, strict=True)]
-    theirs = partial(sides.reference.matching_step, items, stage, TEMPERATURE)
+    items = [(Item(s.examples[0]), Item(s.examples[1])) for s in samples]
+
+    def theirs() -> float:
+        for _, _, file in pairs:
+            sides.reference.processor(images=[PILImage.open(io.BytesIO(file)).convert("RGB")], return_tensors="pt")
+        # The patches it makes are those of the examples; taking them from there is what a collator's batch would be.
+        return sides.reference.matching_step(items, stage, TEMPERATURE)
+
     agreed = checked(sides, ours, theirs)
     seconds = compare({"comatch": ours, "reference": theirs}, rounds)
     examples = [example for sample in samples for example in sample.examples]

@@ -70,7 +70,7 @@ def test_a_wrong_mask_is_found(folder_of: Folders, family: str, monkeypatch: pyt
     """The recipe still promises a bottleneck; the model's mask lets one dialogue token see one context token."""
     encoder, right = load(folder_of, family), base.dense
 
-    def wrong(roles: torch.Tensor, rows: torch.Tensor, visibility: Visibility) -> torch.Tensor:
+    def wrong(roles: torch.Tensor, rows: torch.Tensor, visibility: Visibility, _: object) -> torch.Tensor:
         mask = right(roles, rows, visibility)
         query = (roles[0] == 2).nonzero()[0]
         mask[0, 0, query, (rows[0] == rows[0, query]).nonzero()[0]] = True
@@ -85,7 +85,7 @@ def test_a_wrong_mask_is_found(folder_of: Folders, family: str, monkeypatch: pyt
 def test_a_blind_compression_is_found(folder_of: Folders, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder, right = load(folder_of, family), base.dense
     blind = Visibility(("context", "compression", "dialogue"), ("c..", ".c.", ".cc"))
-    monkeypatch.setattr(base, "dense", lambda roles, rows, _: right(roles, rows, blind))
+    monkeypatch.setattr(base, "dense", lambda roles, rows, *_: right(roles, rows, blind))
     monkeypatch.setattr(base.Backbone, "dense_mask", True)
     report = mask_check(encoder, DIALOGUES[:2])
     assert (report.leak == 0).all() and report.gradient == 0
@@ -291,6 +291,6 @@ def test_inspect_of_a_run_folder_sees_every_stage_as_the_library_does(folder_of:
 def test_inspect_fails_on_a_broken_promise(folder_of: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = base.dense
     open_ = Visibility(("context", "compression", "dialogue"), ("c..", "cc.", "ccc"))
-    monkeypatch.setattr(base, "dense", lambda roles, rows, wanted: right(roles, rows, open_ if len(wanted.roles) == 3 else wanted))
+    monkeypatch.setattr(base, "dense", lambda roles, rows, wanted, _: right(roles, rows, open_ if len(wanted.roles) == 3 else wanted))
     code, told, _ = inspect(str(folder_of("qwen2_vl")), "--recipe", "coma", "--n", "2", "--out", str(tmp_path))
     assert code == 1 and "bottleneck FAILS" in told

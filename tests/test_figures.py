@@ -103,7 +103,7 @@ def test_figures_refuse_what_says_nothing() -> None:
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.startswith(("matplotlib", "comatch.analysis.style", "comatch.analysis.figures"))]:
+    for name in [name for name in sys.modules if name.startswith(("matplotlib", "comatch.drawing.style", "comatch.analysis.figures"))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingExtra, match=r"comatch\[plots\]"):

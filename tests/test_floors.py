@@ -26,10 +26,11 @@ LEVELS = (
     # floor 1: pure functions on tensors
     ("core", "objectives"),
     # floor 2
-    ("backbones", "data", "render"),
+    ("backbones", "data", "render", "drawing"),
     # floor 3
     ("prepare", "card"),
     ("encoder",),
+    ("released",),
     # floor 4
     ("training", "synthesis", "evaluation", "analysis", "search", "export"),
     # floor 5

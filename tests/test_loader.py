@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader
 from comatch.config import RunConfig
 from comatch.content import Dialogue, Group, Message, as_message
 from comatch.core.batch import Example
+from comatch.core.packing import Size
 from comatch.data.mixture import Ingredient, Mixture, key
 from comatch.errors import ContentError, DataError
 from comatch.recipes import load_recipe
@@ -306,3 +308,61 @@ def test_a_run_on_a_mixture(folder_of: Callable[[str], Path], tmp_path: Path) ->
     with pytest.raises(DataError, match=r"stages.compress: .*for a dialogue, columns must name"):
         loop.train(RunConfig.model_validate({**values, "output": str(tmp_path / "no"), "stages": stages}), quiet=True)
     assert not (tmp_path / "no").exists()
+
+
+# --- dealt out by what it costs
+
+
+class Sized(Stub):
+    """A Stub that knows sizes: a text costs its length, and some cannot be told before they are prepared."""
+
+    renderer: Any = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.renderer = self
+
+    def size(self, row: Any) -> Size:
+        return Size(len(row.text) ** 2)
+
+    def item(self, message: Message, stage: Any) -> Any:
+        if message.text == "query 5":
+            raise ContentError("damaged")
+        return Weighed(message.text, super().item(message, stage))
+
+    def dialogue(self, dialogue: Dialogue, stage: Any, seed: int = 0) -> Any:
+        return self.item(dialogue.context, stage)
+
+
+class Weighed(Example):
+    """An example that remembers its text."""
+
+    def __init__(self, text: str, example: Example) -> None:
+        super().__init__(example.ids, example.roles, example.labels, example.positions)
+        object.__setattr__(self, "text", text)
+
+
+class Uneven(Pairs):
+    """Rows of very different lengths."""
+
+    def group(self, row: int, epoch: int) -> Group:
+        return Group(as_message(f"query {row}"), (as_message(f"{row} " + "long " * (row * row % 61)),), ())
+
+    def dialogue(self, row: int, epoch: int) -> Dialogue:
+        return Dialogue(self.group(row, epoch).positives[0], (("q", "a"),))
+
+
+@pytest.mark.parametrize("kind", [COMPRESS, MATCH], ids=["compress", "match"])
+def test_ranks_get_equally_much_work_and_together_the_same(kind: Any) -> None:
+    def work(ranks: int, cost: Any) -> tuple[list[list[Any]], float]:
+        parts = [stage(mixture(Uneven(300)), Sized(), stage=kind, batch=64, rank=r, ranks=ranks, cost=cost)[1] for r in range(ranks)]
+        costs = [sum(len(e.text) ** 2 for s in part for e in s.examples) for part in parts]
+        return [told(part) for part in parts], max(costs) * ranks / sum(costs)
+
+    whole, _ = work(1, lambda size: float(size.tokens))
+    for ranks in (2, 8):
+        dealt, even = work(ranks, lambda size: float(size.tokens))
+        turns, uneven = work(ranks, None)
+        assert [len(part) for part in dealt] == [64 // ranks] * ranks
+        assert sorted(map(str, chain(*dealt))) == sorted(map(str, chain(*turns))) == sorted(map(str, whole[0]))
+        assert even < 1.01 < 1.05 < uneven, "by turns some rank has much more"

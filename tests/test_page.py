@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from comatch.analysis.page import Picture, Section, write_page
+from comatch.drawing.page import Picture, Section, write_page
 from comatch.errors import ContentError
 
 EVIL = "<script>alert('x')</script> \"><img src=http://evil.example/x onerror=alert(1)> & </style> ü 日本"
@@ -97,6 +97,14 @@ def test_tables_show_numbers_and_gaps(tmp_path: Path) -> None:
     assert cells == [*("a", "0.512", "10", "1.5e-07", "–", "–"), *("b", "–", "–", "–", "yes", "nan")]
     kinds = [attrs.get("class") for tag, attrs in reader.tags if tag == "th"]
     assert kinds[:3] == [None, "number", "number"]
+
+
+def test_a_cell_may_be_a_picture(tmp_path: Path) -> None:
+    rows = [{"query": Picture(png(), EVIL, EVIL), "margin": "-0.25", "span": "1.5 to 2"}, {"query": "word", "margin": "tie", "span": "3 %"}]
+    html, reader = read(write_page(tmp_path / "x.html", "t", [Section("s", table=rows)]))
+    assert [attrs["alt"] for tag, attrs in reader.tags if tag == "img"] == [EVIL] and ("small", EVIL) in reader.text
+    assert "<script" not in html and "figure" not in [tag for tag, _ in reader.tags]
+    assert [attrs.get("class") for tag, attrs in reader.tags if tag == "th"] == [None, None, "number"], "a word among numbers makes a text"
 
 
 def test_the_page_is_little_more_than_its_pictures(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from matching import LOSS, MATCH, Folders, assert_equal, gradients, load, one_big_batch, run, samples
 
 from comatch.config import StageRun
+from comatch.core.packing import Size, best_fit, greedy
 from comatch.encoder import Encoder
 from comatch.errors import ConfigError, RecipeError, TrainingError
 from comatch.objectives.temperature import Temperature
@@ -117,7 +118,7 @@ def test_kept_passes_run_once(folder_of: Folders) -> None:
     assert found == {1: 2 * passes - 1, 2: 2 * passes - 2, 99: passes}
 
 
-def test_passes_part_texts_from_pictures_by_length_within_budgets(folder_of: Folders) -> None:
+def test_passes_part_texts_from_pictures_within_budgets(folder_of: Folders) -> None:
     encoder = load(folder_of("qwen2_5_vl"))
     examples = flat(samples(encoder, 8))
     planned = plan(encoder, examples, 100, 60)
@@ -125,9 +126,9 @@ def test_passes_part_texts_from_pictures_by_length_within_budgets(folder_of: Fol
     kinds = [{bool(examples[i].grids) for i in p.members} for p in planned]
     pictures = kinds.count({True})
     assert kinds == [{True}] * pictures + [{False}] * (len(kinds) - pictures) and 0 < pictures < len(kinds)
-    for kind in ({True}, {False}):
-        lengths = [len(examples[i]) for p, k in zip(planned, kinds, strict=True) if k == kind for i in p.members]
-        assert lengths == sorted(lengths) and len(set(lengths)) > 1
+    for kind in (True, False):
+        sizes = [Size.of(e) for e in examples if bool(e.grids) == kind]
+        assert kinds.count({kind}) == len(best_fit(sizes, Size(100, 60)).groups) <= len(greedy(sizes, Size(100, 60)).groups)
     for p in planned:
         assert len(p.members) == 1 or (p.batch.tokens <= 100 and len(p.batch.patches) <= 60)
     assert len(plan(encoder, examples, 100_000)) == 1

@@ -260,8 +260,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     known = varlen.varlen_attn, attention.why_no_kernel
     if asked.dry:
         varlen.varlen_attn, attention.why_no_kernel = stand_in, lambda *_: ""
+    out = asked.out or (None if asked.dry else ROOT / "benchmarks" / "results" / "gpu-attention.json")
     try:
         record: dict[str, Any] = {"measured": not asked.dry, "machine": machine(scale), "right": right(scale)}
+        keep(record, out)
         for name, check in record["right"].items():
             print(f"{name}: {check}", flush=True)
             refuse(check, f"{name}: the kernel and the formula")
@@ -269,12 +271,16 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         for name, part in (("text", text), ("tower", tower)):
             record[name] = part(scale, asked.rounds)
             print(f"{name}: {json.dumps(record[name])}", flush=True)
+            keep(record, out)
     finally:
         varlen.varlen_attn, attention.why_no_kernel = known
-    out = asked.out or (None if asked.dry else ROOT / "benchmarks" / "results" / "gpu-attention.json")
+    return record
+
+
+def keep(record: dict[str, Any], out: Path | None) -> None:
+    """Write what there is so far."""
     if out:
         out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return record
 
 
 def machine(scale: Scale) -> dict[str, Any]:

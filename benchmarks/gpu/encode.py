@@ -1,6 +1,6 @@
 """Encoding end to end on one GPU: from JPEG bytes to vectors, Qwen2.5-VL-3B's shape with random weights in bf16. Runs unattended.
 
-    python benchmarks/gpu/encode.py [--items 256] [--rounds 3] [--out benchmarks/results/gpu-encode.json] [--dry]
+    python benchmarks/gpu/encode.py [--items 128] [--rounds 2] [--out benchmarks/results/gpu-encode.json] [--dry]
 
 Work: `pictures` (one photograph of about 512 visual tokens an item), `mixed` (half texts, half pictures of other sizes), `questions` (eight
 about each picture). Ways, in turn in every round:
@@ -19,7 +19,6 @@ the nano model on a CPU: it proves that the script works and measures nothing.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from collections.abc import Sequence
@@ -31,19 +30,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Qwen2_5_VLForConditionalGeneration
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts beside this folder
 
 import encode as cpu
-from images import photo
-from measure import RESULTS, compare, machine, peak_bytes, ratio, told
+from large import arguments, in_parts, photographs, random_model, release
+from measure import compare, peak_bytes, ratio, told
 
-from comatch.backbones.nano import SPECIAL, make_tokenizer
-from comatch.backbones.shapes import config_of
 from comatch.backbones.store import Memory
-from comatch.card import write_json
 from comatch.content import as_message
 from comatch.core.flops import Shape, matmul_rate, work_of
 from comatch.core.packing import budget
@@ -51,53 +45,31 @@ from comatch.data.scenes import scene
 from comatch.encoder import Encoder
 from comatch.prepare import Ahead, side_by_side
 
-MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
-VISUAL = 512
+SIDES = ((640, 480), (1280, 960), (960, 640), (512, 512))
 STRETCH = 64
 TOKENS = 8192
 COSINE = 0.999
 
 
 def real(folder: Path) -> Encoder:
-    """The 3B shape with random weights, made on the GPU; a small tokenizer stands in, its special tokens where the model looks for them."""
-    tokenizer = make_tokenizer([scene(0, i).dense_caption() for i in range(300)], 1536)
-    config = config_of(MODEL)
-    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
-    config.image_token_id, config.video_token_id = ids["<|image_pad|>"], ids["<|video_pad|>"]
-    config.vision_start_token_id, config.vision_end_token_id = ids["<|vision_start|>"], ids["<|vision_end|>"]
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("cuda"):
-            model = Qwen2_5_VLForConditionalGeneration(config)
-    finally:
-        torch.set_default_dtype(before)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    processor = Qwen2VLImageProcessorPil(patch_size=14, merge_size=2, temporal_patch_size=2)
-    processor.size = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * VISUAL}
-    processor.save_pretrained(folder)
-    del model
-    torch.cuda.empty_cache()
+    """The 3B shape with random weights, saved from the GPU and loaded again, so that every way reads the same files."""
+    for part in random_model():
+        part.save_pretrained(folder)
+    release()
     return Encoder.load(folder, recipe=cpu.RECIPE, device="cuda", dtype=torch.bfloat16)
 
 
 def make_items(kind: str, n: int, dry: bool) -> list[cpu.Item]:
-    """Photographs as JPEG, cycling through 32 of them with a changed comment so that no two files are equal, and texts."""
+    """Photographs, and texts."""
     if dry:
         return cpu.make_items(n, (90, 160), kind)
     dice = np.random.default_rng(0)
-    sizes = [(1280, 960)] if kind != "mixed" else [(640, 480), (1280, 960), (960, 640), (512, 512)]
-    shown = [photo(*sizes[i % len(sizes)], seed=i) for i in range(32)]
+    shown = photographs(n, SIDES if kind == "mixed" else SIDES[1:2])
     items: list[cpu.Item] = []
     for i in range(n):
         number = i // cpu.ABOUT_ONE if kind == "questions" else i
         one = scene(9, number)
-        # A JPEG comment: equal pixels to decode, another file to whoever compares bytes.
-        told = number.to_bytes(4, "big")
-        data = shown[number % len(shown)]
-        item: cpu.Item = {"image": data[:2] + b"\xff\xfe" + (2 + len(told)).to_bytes(2, "big") + told + data[2:]}
+        item: cpu.Item = {"image": shown[number]}
         if kind == "mixed" and i % 2:
             item = {"text": one.dense_caption()}
         elif kind == "questions":
@@ -190,33 +162,24 @@ def tell(kind: str, record: dict[str, Any]) -> None:
     print(f"{kind}: with the loader {record['loader_over_memory']:.2f}x the time of pictures in memory", flush=True)
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+def main(given: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, tell, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--items", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=3, help="timed rounds, after one that warms up")
-    parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/gpu-encode.json; none with --dry)")
-    parser.add_argument("--dry", action="store_true", help="the nano model on a CPU")
-    asked = parser.parse_args(arguments)
-    if not asked.dry and not torch.cuda.is_available():
-        raise SystemExit("no GPU here; --dry runs the script at nano scale on a CPU")
+    asked = arguments(__doc__.splitlines()[0], "gpu-encode", given, items=128, rounds=2)
     device, n, rounds = ("cpu", 8, 1) if asked.dry else ("cuda", asked.items, asked.rounds)
-    out = asked.out or (None if asked.dry else RESULTS / "gpu-encode.json")
-    record: dict[str, Any] = {"measured": not asked.dry, "machine": machine(), "rounds": rounds, "work": {}}
     with TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         encoder = Encoder.load("comatch-nano", recipe=cpu.RECIPE, device="cpu") if asked.dry else real(Path(scratch) / "made")
         encoder.save(folder)
-        ways, record["left_out"] = ways_of(encoder, folder, device)
-        record["matmul_flop_per_second"] = matmul_rate(device, encoder.backbone.stock.dtype, *((64, 0.01) if asked.dry else ()))
-        print("\n".join(record["left_out"]), flush=True)
-        for kind in cpu.KINDS:
-            record["work"][kind] = measure(encoder, ways, make_items(kind, n, asked.dry), rounds)
-            tell(kind, record["work"][kind])
-            if out:
-                out.parent.mkdir(parents=True, exist_ok=True)
-                write_json(out, record)
-    return record
+        ways, missing = ways_of(encoder, folder, device)
+        rate = matmul_rate(device, encoder.backbone.stock.dtype, *((64, 0.01) if asked.dry else ()))
+        print("\n".join(missing), flush=True)
+
+        def part(kind: str) -> dict[str, Any]:
+            found = measure(encoder, ways, make_items(kind, n, asked.dry), rounds)
+            tell(kind, found)
+            return {**found, "matmul_flop_per_second": rate, "left_out": missing}
+
+        return in_parts({kind: partial(part, kind) for kind in cpu.KINDS}, asked)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from comatch.pictures import (
     PICTURES,
     ImageLimits,
     Pixels,
+    Stored,
     decode,
     from_data_uri,
     is_picture,
@@ -62,6 +63,13 @@ class Text:
         object.__setattr__(self, "text", units.decode("utf-16-le", "replace"))
 
 
+@dataclass(frozen=True)
+class Mark(Text):
+    """A picture's mark without a picture, as in MMEB's WebQA and EDIS: the bare image token. `as_message` never makes one."""
+
+    text: str = "<|image_1|>"
+
+
 @dataclass(frozen=True, init=False, repr=False)
 class Image:
     """A picture part: a path or bytes, decoded anew by each `load()`, or pixels that were passed in decoded.
@@ -70,7 +78,7 @@ class Image:
     changes by the caller do not reach us. Formats, limits and colour rules: `comatch.pictures`.
     """
 
-    source: Path | bytes | Pixels
+    source: Path | bytes | Stored | Pixels
     limits: ImageLimits = field(compare=False)
 
     def __init__(self, source: object, limits: ImageLimits = _LIMITS) -> None:
@@ -117,15 +125,20 @@ class Video:
 
 @dataclass(frozen=True)
 class Message:
-    """An item as an ordered list of parts; blank texts are dropped, and nothing left is a ContentError."""
+    """An item as an ordered list of parts; blank texts are dropped, and nothing left is a ContentError.
+
+    instruction: what the vector is for, for models that were trained with instructions; "" takes the model's own.
+    """
 
     parts: tuple[Text | Image | Video, ...]
+    instruction: str = ""
 
     def __post_init__(self) -> None:
         kept = tuple(p for p in self.parts if not (isinstance(p, Text) and not p.text.strip()))
         if not kept:
             raise ContentError("empty: there is neither a picture nor a text of more than white space")
         object.__setattr__(self, "parts", kept)
+        object.__setattr__(self, "instruction", Text(self.instruction).text)
 
     @property
     def text(self) -> str:
@@ -223,6 +236,8 @@ class _Parser:
         elif isinstance(x, (Text, Image, Video)):
             yield x
         elif isinstance(x, Message):
+            if x.instruction:
+                raise ContentError("a Message with an instruction is a whole item; it cannot stand among parts")
             yield from x.parts
         elif _is_turn(x):
             raise ContentError("a chat turn cannot stand among parts; pass its content instead")

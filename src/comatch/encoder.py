@@ -20,11 +20,12 @@ from comatch.backbones.base import Backbone
 from comatch.backbones.registry import resolve
 from comatch.backbones.store import DiskStore, Memory
 from comatch.card import CARD, FORMAT, brief, read_card, resolve_any, run_result, settings_of, write_json
-from comatch.core.batch import Example
+from comatch.core.batch import Example, Loan
 from comatch.core.fingerprint import Fingerprint
 from comatch.core.memory import Passes
 from comatch.core.packing import collate
 from comatch.core.pooling import pool, pooled
+from comatch.core.sharing import share, shareable
 from comatch.data.images import ImageSettings
 from comatch.errors import ContentError, ModelError
 from comatch.objectives.contrastive import CELLS
@@ -87,8 +88,8 @@ class Encoder:
         if card is None:
             if recipe is None:
                 raise ModelError(
-                    f"{name} is a plain VLM, not an embedding model; pass a recipe, or train one with: "
-                    f"comatch train runs/coma-nano.yaml model={name}"
+                    f"{name} is a plain VLM, not an embedding model of ours; pass a recipe, or train one with: "
+                    f"comatch train runs/coma-nano.yaml model={name}; others' embedding models load by comatch.released.load (--as)"
                 )
             encoder = cls(Backbone.load(folder, recipe, dtype=dtype), recipe)
         else:
@@ -216,7 +217,10 @@ class Encoder:
     @torch.no_grad()
     def forward(self, examples: Sequence[Example], memory: Memory | None = None, vectors: int = 1) -> torch.Tensor:
         """Unit vectors of prepared examples, in one pass, shaped as by `encode`. `memory`: features of named pictures between passes."""
-        batch = collate(examples).to(self.backbone.device)
+        loans: tuple[Loan, ...] = ()
+        if shareable(self.stage.visibility, self.stage.pooling):
+            examples, loans = share(examples, self.backbone.image_id)
+        batch = collate(examples, loans=loans).to(self.backbone.device)
         hidden = self.backbone(batch, self.stage.visibility, self.backbone.see(batch, memory), pooled(batch.roles, self.stage.pooling))
         return pool(hidden, batch.roles, batch.example, batch.size, self.stage.pooling or "", vectors)
 

@@ -20,6 +20,7 @@ import stat
 import struct
 import sys
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,14 +74,22 @@ class Pixels(NamedTuple):
         return Image.frombytes("RGB", (self.width, self.height), self.data)
 
 
+class Stored(ABC):
+    """The file of a picture that lies inside another one, such as an archive: read when it is needed, equal where its place is."""
+
+    @abstractmethod
+    def read(self, limit: int) -> bytes:
+        """Its bytes; of more than `limit` only one byte more. Raises OSError or ImageError."""
+
+
 def is_picture(x: object) -> bool:
     """Whether x is of a type that can only mean a picture."""
     return isinstance(x, (Path, bytes, bytearray)) or _is_pil(x) or _is_array(x)
 
 
-def source_of(x: object, limits: ImageLimits) -> Path | bytes | Pixels:
+def source_of(x: object, limits: ImageLimits) -> Path | bytes | Stored | Pixels:
     """What an Image keeps of a picture; decoded ones are copied, so that nobody can change them later."""
-    if isinstance(x, (Path, bytes)):
+    if isinstance(x, (Path, bytes, Stored)):
         return x
     if isinstance(x, bytearray):
         return bytes(x)
@@ -104,9 +113,9 @@ def from_data_uri(uri: str, limits: ImageLimits) -> bytes:
             raise ImageError("has damaged base64") from error
 
 
-def name_of(source: Path | bytes | Pixels) -> str:
+def name_of(source: Path | bytes | Stored | Pixels) -> str:
     """How messages call a picture."""
-    if isinstance(source, Path):
+    if isinstance(source, (Path, Stored)):
         return repr(str(source))
     if isinstance(source, bytes):
         return f"picture of {len(source):,} bytes"
@@ -114,14 +123,14 @@ def name_of(source: Path | bytes | Pixels) -> str:
 
 
 @contextmanager
-def opened(source: Path | bytes, limits: ImageLimits) -> Iterator[io.BufferedReader | io.BytesIO]:
+def opened(source: Path | bytes | Stored, limits: ImageLimits) -> Iterator[io.BufferedReader | io.BytesIO]:
     """Open a regular file, or bytes, for reading; every ImageError raised meanwhile names the picture.
 
     ImageError if missing, unreadable, empty, not a regular file, or above `limits.max_bytes`.
     """
     with _named(name_of(source)):
         try:
-            with _stream(source) as stream:
+            with _stream(source, limits) as stream:
                 _check_bytes(stream.seek(0, io.SEEK_END), limits)
                 stream.seek(0)
                 yield stream
@@ -129,13 +138,13 @@ def opened(source: Path | bytes, limits: ImageLimits) -> Iterator[io.BufferedRea
             raise ImageError(f"cannot be read: {error.strerror or 'input/output error'}") from error
 
 
-def read_header(source: Path | bytes, limits: ImageLimits) -> Header:
+def read_header(source: Path | bytes | Stored, limits: ImageLimits) -> Header:
     """Format, size and orientation of a picture without decoding it; ImageError if refused."""
     with opened(source, limits) as stream:
         return _checked_header(stream, limits)
 
 
-def decode(source: Path | bytes, limits: ImageLimits, at_least: tuple[int, int] | None = None) -> PILImage:
+def decode(source: Path | bytes | Stored, limits: ImageLimits, at_least: tuple[int, int] | None = None) -> PILImage:
     """Decode a picture to RGB by the rules of this module; ImageError if refused, truncated or damaged.
 
     at_least: (width, height) that are enough; a JPEG then comes at 1/2, 1/4 or 1/8 of its size where that is no smaller.
@@ -215,9 +224,9 @@ def _decoding() -> Iterator[None]:
         raise ImageError("cannot be decoded: its data is truncated or damaged") from error
 
 
-def _stream(source: Path | bytes) -> io.BufferedReader | io.BytesIO:
-    if isinstance(source, bytes):
-        return io.BytesIO(source)
+def _stream(source: Path | bytes | Stored, limits: ImageLimits) -> io.BufferedReader | io.BytesIO:
+    if not isinstance(source, Path):
+        return io.BytesIO(source if isinstance(source, bytes) else source.read(limits.max_bytes))
     try:
         # Asked before opening, because opening a pipe would wait for ever.
         if not stat.S_ISREG(source.stat().st_mode):

@@ -78,11 +78,12 @@ class Preparer:
         labels[:-1][supervised[1:]] = ids[1:][supervised[1:]]
         pictures = [(cut or self.cut)(image) for image in row.images]
         grids = tuple(picture.grid for picture in pictures)
+        numbered = grids if self.renderer.recipe.prompt.grid else ()
         return Example(
             ids=ids,
             roles=np.asarray([ROLE_ID[role] for role in row.roles], dtype=np.int8),
             labels=labels,
-            positions=mrope(ids == self.renderer.image_id, grids, self.images.merge),
+            positions=mrope(ids == self.renderer.image_id, numbered, self.images.merge),
             patches=tuple(picture.patches for picture in pictures),
             grids=grids,
             cut=row.cut,

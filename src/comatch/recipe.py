@@ -82,6 +82,40 @@ class Bottleneck:
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """The fixed text around an item; here, and nowhere else, a special token's name is the token.
+
+    before, after   what opens and closes a row; `{instruction}` in `before` is the item's own instruction, or `instruction`
+    picture         a picture: `<|image_pad|>` stands for its visual tokens
+    join            put before a text that follows another part, unless the text begins with white space
+    stop            ends an instruction of the item's own that ends without punctuation
+    grid            visual tokens are numbered by their place in the picture; False: on by one, like text
+    """
+
+    before: str = ""
+    after: str = ""
+    picture: str = "<|vision_start|><|image_pad|><|vision_end|>"
+    join: str = "\n"
+    instruction: str = ""
+    stop: str = ""
+    grid: bool = True
+
+    def __post_init__(self) -> None:
+        if self.picture.count("<|image_pad|>") != 1:
+            raise RecipeError(f"prompt: picture is {self.picture!r}; it needs '<|image_pad|>' once")
+        if bool(self.instruction) != self.takes_instruction:
+            raise RecipeError(
+                f"prompt: before is {self.before!r} and instruction is {self.instruction!r}; "
+                "give both '{instruction}' and its default, or neither"
+            )
+
+    @property
+    def takes_instruction(self) -> bool:
+        """Whether an item's instruction has a place."""
+        return "{instruction}" in self.before
+
+
+@dataclass(frozen=True)
 class Stage:
     """One training run described as data.
 
@@ -176,7 +210,8 @@ class Recipe:
     """An ordered list of stages, plus how to encode.
 
     `tokens` is K, the number of compression tokens (0 where no stage has that role). `instruction` is a text put after the item and before
-    the compression tokens in every stage. The last stage with a pooling says how items become vectors.
+    the compression tokens in every stage. `prompt` is the fixed text around an item. The last stage with a pooling says how items become
+    vectors.
     """
 
     name: str
@@ -184,6 +219,7 @@ class Recipe:
     tokens: int = 0
     instruction: str = ""
     token_name: str = field(default="<|ctoken_pad_{}|>")
+    prompt: Prompt = Prompt()
 
     def __post_init__(self) -> None:
         if not self.stages:
@@ -226,6 +262,8 @@ class Recipe:
         """Plain data, for JSON and YAML; `Recipe.from_dict` reads it back to an equal object."""
         out: dict[str, Any] = {"name": self.name, "tokens": self.tokens, "instruction": self.instruction}
         out |= {"token_name": self.token_name, "stages": []}
+        if self.prompt != Prompt():  # so that what was saved before there was this choice keeps its fingerprint
+            out["prompt"] = asdict(self.prompt)
         for stage in self.stages:
             row: dict[str, Any] = {name: getattr(stage, name) for name in ("name", "pooling", "supervise", "layout")}
             # What came later stands there only where it says something, so that an older recipe keeps its text and fingerprint.
@@ -260,7 +298,9 @@ class Recipe:
                     _check_keys(f"stage {row['name']!r}: corruption", part, {f.name for f in fields(Corruption)}, {"role"})
                 values["corruptions"] = tuple(Corruption(**part) for part in row["corruptions"])
             stages.append(Stage(**values))
-        return cls(**{**data, "stages": tuple(stages)})
+        prompt = data.get("prompt", {})
+        _check_keys("prompt", prompt, {f.name for f in fields(Prompt)}, set())
+        return cls(**{**data, "stages": tuple(stages), "prompt": Prompt(**prompt)})
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:

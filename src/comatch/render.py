@@ -6,16 +6,20 @@ picture or imitates a compression token. Layouts: specs/coma.md 1.2 and 1.3.
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
-from comatch.content import Dialogue, Image, Message, Text, Video
+from comatch.content import Dialogue, Image, Mark, Message, Text, Video
+from comatch.core.batch import BARE_IMAGE
 from comatch.errors import ContentError, ModelError
 from comatch.recipe import Recipe, Stage
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
+_SPECIAL = re.compile(r"(<\|\w+\|>)")
 
 
 @dataclass
@@ -46,17 +50,25 @@ class Renderer:
         self.image_tokens = image_tokens
         self.plain = lru_cache(maxsize=2**16)(self._plain)
         self.compression = list(range(first_token, first_token + recipe.tokens))
-        self.mask = first_token + recipe.tokens
-        self.special = {name: self._special_id(name) for name in SPECIAL}
+        self.special_id = cache(self._special_id)
+        self.special = {name: self.special_id(name) for name in SPECIAL}
         self.image_id = self.special["<|image_pad|>"]
         self.start, self.end = self.special["<|im_start|>"], self.special["<|im_end|>"]
+        prompt = recipe.prompt
+        self.before, self.after = _SPECIAL.split(prompt.before), self._fixed(_SPECIAL.split(prompt.after))
+        left, right = prompt.picture.split("<|image_pad|>")
+        self.picture = self._fixed(_SPECIAL.split(left)), self._fixed(_SPECIAL.split(right))
+        self.mask = first_token + recipe.tokens
         learned = [id for id, token in tokenizer.added_tokens_decoder.items() if token.special]
-        self.protected = {*self.special.values(), *tokenizer.all_special_ids, *learned, *self.compression, self.mask}
+        self.protected = {*self.special.values(), *tokenizer.all_special_ids, *learned, *self.compression, self.mask, BARE_IMAGE}
 
     def item(self, message: Message, stage: Stage) -> Row:
-        """Context and compression tokens of one item, as the stage lays them out."""
+        """Context and compression tokens of one item, as the recipe's prompt and the stage lay them out."""
         row = Row()
-        self._context(row, message, stage, reserve=0)
+        *opening, lead = self._before(message.instruction)
+        row.add(self._fixed(opening), "context")
+        self._context(row, message, stage, reserve=len(self.after), lead=lead)
+        row.add(self.after, "context")
         if "compression" in stage.visibility.roles:
             row.add(self.compression, "compression")
         return row
@@ -133,19 +145,43 @@ class Renderer:
         row.add(self.plain("\n"), "dialogue", everything)
         return row
 
-    def _context(self, row: Row, message: Message, stage: Stage, reserve: int) -> None:
+    def _before(self, instruction: str) -> list[str]:
+        """The prompt's opening with an item's instruction in it: texts and names of special tokens by turns, a text at both ends."""
+        prompt = self.recipe.prompt
+        if instruction and not prompt.takes_instruction:
+            raise ContentError(f"recipe {self.recipe.name!r} has no place for the instruction {instruction[:40]!r}; say it in the text")
+        told = instruction.strip()
+        if told and not unicodedata.category(told[-1]).startswith("P"):
+            told += prompt.stop
+        return [piece.replace("{instruction}", told or prompt.instruction) for piece in self.before]
+
+    def _fixed(self, pieces: Sequence[str]) -> list[int]:
+        """Tokens of texts and names of special tokens by turns."""
+        ids: list[int] = []
+        for i, piece in enumerate(pieces):
+            ids.extend([self.special_id(piece)] if i % 2 else self.plain(piece))
+        return ids
+
+    def _context(self, row: Row, message: Message, stage: Stage, reserve: int, lead: str = "") -> None:
+        """The item's parts. `lead`: the text right before them, which a text that comes first is tokenised with."""
         pieces: list[Sequence[int]] = []
         texts: list[int] = []
+        join = self.recipe.prompt.join if stage.layout == "raw" else ""
+        if lead and (isinstance(message.parts[0], Mark) or not isinstance(message.parts[0], Text)):
+            row.add(self.plain(lead), "context")
+            lead = ""
         for part in message.parts:
-            if isinstance(part, Text):
+            if isinstance(part, Mark):
+                pieces.append([*self.picture[0], BARE_IMAGE, *self.picture[1]])
+            elif isinstance(part, Text):
+                apart = pieces and part.text[0].isspace()
                 texts.append(len(pieces))
-                lead = "\n" if pieces and stage.layout == "raw" else ""
-                pieces.append(self.plain(lead + part.text))
+                pieces.append(self.plain(part.text if apart else lead + part.text))
             elif isinstance(part, Image | Video):
                 for image in part.frames if isinstance(part, Video) else (part,):
-                    pads = [self.image_id] * self.image_tokens(image)
-                    pieces.append([self.special["<|vision_start|>"], *pads, self.special["<|vision_end|>"]])
+                    pieces.append([*self.picture[0], *[self.image_id] * self.image_tokens(image), *self.picture[1]])
                     row.images.append(image)
+            lead = join
         if self.recipe.instruction:
             pieces.append(self.plain("\n" + self.recipe.instruction))
         row.cut += self._cut(pieces, texts, reserve + len(row.ids))

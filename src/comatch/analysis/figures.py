@@ -18,7 +18,10 @@ import torch
 from comatch.analysis.masks import MaskReport
 from comatch.analysis.projection import Projection
 from comatch.analysis.redundancy import RedundancyReport
-from comatch.analysis.style import (
+from comatch.content import Video, as_message
+from comatch.core.batch import Example
+from comatch.core.masks import dense
+from comatch.drawing.style import (
     GREY,
     INK,
     MARKERS,
@@ -34,9 +37,6 @@ from comatch.analysis.style import (
     save,
     styled,
 )
-from comatch.content import Video, as_message
-from comatch.core.batch import Example
-from comatch.core.masks import dense
 from comatch.errors import EvaluationError
 from comatch.recipe import ROLES, Visibility
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -15,6 +17,8 @@ from comatch.backbones.registry import check_folder, read_json
 from comatch.errors import ModelError
 
 WEIGHTS = "adapter_model.safetensors"
+# Where transformers 4.52 moved the two halves of a VLM; whole models are renamed by transformers itself, adapters are not.
+_RENAMED = {r"^visual\.": "model.visual.", r"^model\.(?!language_model\.|visual\.)": "model.language_model."}
 
 
 def attach(
@@ -73,22 +77,42 @@ def merge(backbone: Backbone) -> None:
 
 def load_adapter(backbone: Backbone, folder: Path) -> None:
     """Attach a saved LoRA adapter for encoding. Raises ModelError where its weights do not fit the base."""
+    backbone.hf = adapt(backbone.hf, folder, backbone.source)
+
+
+def adapt(model: Any, folder: Path, source: str) -> Any:
+    """A stock model below a saved LoRA adapter, whose names may be those of before transformers 4.52.
+
+    source: the base's name, for messages. Raises ModelError where a weight does not fit the base, is missing or left over.
+    """
     check_folder(folder, WEIGHTS)
     kind = read_json(folder / "adapter_config.json").get("peft_type")
     if kind != "LORA":  # other kinds may fetch or import what their config names
         raise ModelError(f"adapter {folder} is of kind {kind!r}; only LORA is loaded, merge another into its base")
     try:
         with safe_open(folder / WEIGHTS, "pt") as file:
-            saved = set(file.keys())
-        backbone.hf.requires_grad_(False)
+            saved = set(map(_renamed, file.keys()))
+        model.requires_grad_(False)
         config = with_dora(LoraConfig.from_pretrained(str(folder)))
-        backbone.hf = PeftModel.from_pretrained(backbone.hf, str(folder), config=config)
+        adapted = PeftModel.from_pretrained(model, str(folder), config=config, key_mapping=_RENAMED)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"adapter {folder} does not fit its base {backbone.source}: {error}") from error
-    wanted = set(get_peft_model_state_dict(backbone.hf))
+        raise ModelError(f"adapter {folder} does not fit its base {source}: {error}") from error
+    # Told not to look whether the vocabulary grew, for which PEFT would ask the hub for the base.
+    wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     if saved != wanted:
         off = sorted(saved ^ wanted)
         raise ModelError(f"adapter {folder} does not fit its base: {len(off)} weights differ, {off[:10]}")
+    return adapted
+
+
+def _renamed(key: str) -> str:
+    prefix = "base_model.model."
+    for old, new in _RENAMED.items():
+        key, done = re.subn(old, new, key.removeprefix(prefix))
+        key = prefix + key
+        if done:
+            break
+    return key
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -10,18 +10,16 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 from tokenizers import AddedToken
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from comatch.backbones.attention import TEXT, VISION, warn_once
+from comatch.backbones.folder import read_model, read_processor, read_tokenizer
 from comatch.backbones.registry import family, resolve
 from comatch.backbones.stills import still
 from comatch.backbones.store import DiskStore, Store, recall
 from comatch.backbones.unread import leaving_out
-from comatch.core.batch import Batch
+from comatch.core.batch import BARE_IMAGE, Batch
 from comatch.core.masks import dense
 from comatch.core.segments import Segments, compile_segments
 from comatch.errors import ModelError
@@ -80,24 +78,8 @@ class Backbone(nn.Module):
         Raises ModelError where a weight is missing, unexpected or of another shape, or the folder is unsafe.
         """
         folder = resolve(name, revision)
-        try:
-            config = AutoConfig.from_pretrained(folder)
-            family(config)
-            model, info = AutoModelForImageTextToText.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype,
-                attn_implementation="sdpa",
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # not ignored: `check_loaded` names them, transformers does not
-            )
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise ModelError(f"{folder} is not a complete model folder: {error}") from error
-        check_loaded(folder, info)
-        return cls(model, tokenizer, processor, recipe, source=str(name), seed=seed)
+        model = read_model(folder, dtype)
+        return cls(model, read_tokenizer(folder), read_processor(folder), recipe, source=str(name), seed=seed)
 
     @property
     def stock(self) -> Any:
@@ -223,16 +205,16 @@ class Backbone(nn.Module):
     def visible(self, batch: Batch, visibility: Visibility) -> dict[str, Any]:
         """What our attention function is to be handed: segments where the table has that form, else the dense mask, with one warning."""
         if not self.dense_mask:
-            segments = compile_segments(batch.roles, batch.example, visibility)
+            segments = compile_segments(batch.roles, batch.example, visibility, batch.loans)
             if isinstance(segments, Segments):
                 return {"segments": segments}
             warn_once(f"visibility {list(visibility.table)} runs on the slow dense mask, because {segments}")
-        return {"visibility_mask": dense(batch.roles, batch.example, visibility)}
+        return {"visibility_mask": dense(batch.roles, batch.example, visibility, batch.loans)}
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Token embeddings [rows, seq, dim]; ids of compression tokens take our trained rows instead of the vocabulary's."""
         ours = (ids >= self.first_token) & (ids < self.first_token + len(self.rows))
-        states: torch.Tensor = self.text.embed_tokens(ids.masked_fill(ours, 0))
+        states: torch.Tensor = self.text.embed_tokens(ids.masked_fill(ours, 0).masked_fill(ids == BARE_IMAGE, self.image_id))
         if len(self.rows):
             states = states.masked_scatter(ours.unsqueeze(-1), self.rows[(ids - self.first_token)[ours]].to(states.dtype))
         return states
@@ -277,14 +259,3 @@ class Backbone(nn.Module):
         table = table[: self.first_token]
         noise = torch.randn(tokens, table.shape[1], generator=torch.Generator().manual_seed(seed)).to(table.device)
         return table.mean(0) + 0.1 * table.std(0) * noise
-
-
-def check_loaded(folder: Path, info: dict[str, Any]) -> None:
-    """Raise ModelError unless every weight came from the file, none was left over and none had another shape (row 26)."""
-    faults = {kind: sorted(map(str, info.get(kind) or ())) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-    faults |= {"conversion_errors": sorted(map(str, info.get("conversion_errors") or ()))}
-    if any(faults.values()):
-        told = "; ".join(f"{kind}: {len(keys)}, {keys[:10]}" for kind, keys in faults.items() if keys)
-        raise ModelError(
-            f"{folder} does not fit its architecture, nothing was loaded: {told}. Loading it anyway would leave random weights"
-        )

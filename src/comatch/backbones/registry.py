@@ -10,6 +10,7 @@ from typing import Any
 from comatch.errors import ModelError
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+ADAPTER = "adapter_config.json"
 SHIPPED = Path(__file__).resolve().parent.parent / "models"
 
 
@@ -47,8 +48,12 @@ def family(config: Any) -> Family:
     return FAMILIES[config.model_type]
 
 
-def check_folder(folder: Path, weights: str = "model*.safetensors") -> None:
-    """Refuse folders that hold pickles instead of `weights`, or whose files name code (specs/ecosystem.md row 27)."""
+def check_folder(folder: Path, weights: str = "") -> None:
+    """Refuse folders that hold pickles instead of `weights`, or whose files name code (specs/ecosystem.md row 27).
+
+    weights: a pattern; "" is a whole model's, or an adapter's where the folder has an adapter's config.
+    """
+    weights = weights or ("adapter_model*.safetensors" if (folder / ADAPTER).is_file() else "model*.safetensors")
     for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json"):
         path = folder / name
         if path.is_file() and _names_code(read_json(path)):
@@ -122,10 +127,12 @@ def _why(error: Exception, name: str, revision: str | None, fetch: str) -> str:
 
 def lacking(folder: Path, weights: bool) -> list[str]:
     """Files that a fetched model must have and has not; links to nowhere count as absent."""
-    needed = set() if (folder / "adapter_config.json").is_file() else {"config.json"}
+    # A sentence-transformers model may keep each of its modules in a folder of its own.
+    needed = set() if any((folder / name).is_file() for name in (ADAPTER, "modules.json")) else {"config.json"}
     if weights:
-        for index in folder.glob("*.safetensors.index.json"):
-            needed.update(map(str, dict(read_json(index).get("weight_map", {})).values()))
-        if not any(folder.glob("*.safetensors")) and len(needed) < 2:
+        for index in folder.rglob("*.safetensors.index.json"):
+            below = index.parent.relative_to(folder)
+            needed.update(str(below / str(shard)) for shard in dict(read_json(index).get("weight_map", {})).values())
+        if not any(folder.rglob("*.safetensors")) and len(needed) < 2:
             needed.add("model.safetensors")
     return sorted(file for file in needed if not (folder / file).is_file())

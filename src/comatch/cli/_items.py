@@ -14,6 +14,7 @@ import typer
 if TYPE_CHECKING:
     from comatch.data.items import Item
     from comatch.encoder import Encoder
+    from comatch.released.sentence import SentenceEncoder
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A shipped name, a folder, a run's folder or a hub id.")
@@ -23,6 +24,15 @@ ImageColumn = Annotated[
     str | None, typer.Option(help="The column of a table that holds pictures or their paths.")
 ]
 BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens in one forward pass; fewer need less memory.")]
+As = Annotated[
+    str | None,
+    typer.Option(
+        "--as",
+        metavar="KIND",
+        help="A released model of others: coma, cocoa, moca, vlm2vec-v1, vlm2vec-v2, qwen3-vl-embedding or sentence-transformers.",
+    ),
+]
+Base = Annotated[str | None, typer.Option(help="With --as: the model below an adapter, or that lends a missing tokenizer.")]
 AsJson = Annotated[bool, typer.Option("--json/--no-json", help="Print JSON.")]
 
 
@@ -40,6 +50,18 @@ def load(model: str) -> Encoder:
 
     quiet_libraries()
     return Encoder.load(model)
+
+
+def load_as(model: str, kind: str | None, base: str | None = None) -> Encoder | SentenceEncoder:
+    """Like `load`, or with `kind` a released model of others."""
+    if kind is None:
+        if base is not None:
+            raise typer.BadParameter("--base belongs to --as")
+        return load(model)
+    from comatch import released
+
+    quiet_libraries()
+    return released.load(model, kind, base=base)
 
 
 def quiet_libraries() -> None:

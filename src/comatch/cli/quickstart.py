@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from comatch.analysis.page import Section
     from comatch.config import RunConfig
     from comatch.data.scenes import Scene
+    from comatch.drawing.page import Section
     from comatch.encoder import Encoder
     from comatch.evaluation.metrics import Score
 
@@ -135,7 +135,7 @@ def _search(encoder: Encoder, model: Path, out: Path, scenes: dict[str, Scene]) 
 
 
 def _report(results: Results, out: Path) -> Path:
-    from comatch.analysis.page import Section, write_page
+    from comatch.drawing.page import Section, write_page
 
     sections = [
         Section(
@@ -166,7 +166,7 @@ def _rows(scores: dict[str, list[Score]]) -> list[dict[str, str]]:
 
 def _score_picture(scores: dict[str, list[Score]]) -> Any:
     from comatch.analysis import figures
-    from comatch.analysis.page import Picture
+    from comatch.drawing.page import Picture
 
     table = {_NAMES[recipe]: {s.name: (s.hit, s.low, s.high) for s in mine} for recipe, mine in scores.items()}
     chance = {s.name: s.chance for s in scores["coma"]}
@@ -175,7 +175,7 @@ def _score_picture(scores: dict[str, list[Score]]) -> Any:
 
 def _loss_section(results: Results) -> Section:
     from comatch.analysis import figures
-    from comatch.analysis.page import Picture, Section
+    from comatch.drawing.page import Picture, Section
     from comatch.training.loop import read_metrics
 
     runs = {_NAMES[recipe]: read_metrics(folder / "metrics.jsonl") for recipe, folder in results.folders.items()}
@@ -185,9 +185,9 @@ def _loss_section(results: Results) -> Section:
 
 def _token_section(results: Results) -> Section:
     from comatch.analysis import figures
-    from comatch.analysis.page import Picture, Section
     from comatch.analysis.redundancy import redundancy
     from comatch.data.scenes import scene
+    from comatch.drawing.page import Picture, Section
 
     report = redundancy(results.encoders["coma"], [scene(98, i, "test").draw() for i in range(64)])
     text = f"Mean cosine between different compression tokens of one picture: {report.mean_cosine:.2f}. "
@@ -201,9 +201,9 @@ def _token_section(results: Results) -> Section:
 
 def _projection_section(results: Results) -> Section:
     from comatch.analysis import figures
-    from comatch.analysis.page import Picture, Section
     from comatch.analysis.projection import pca
     from comatch.data.scenes import scene
+    from comatch.drawing.page import Picture, Section
     from comatch.encoder import Encoder
     from comatch.recipes import load_recipe
 
@@ -222,7 +222,7 @@ def _projection_section(results: Results) -> Section:
 
 def _search_section(results: Results, out: Path) -> Section:
     from comatch.analysis import figures
-    from comatch.analysis.page import Picture, Section
+    from comatch.drawing.page import Picture, Section
 
     rows = [
         figures.Search(

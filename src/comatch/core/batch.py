@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ from comatch.recipe import ROLES
 ROLE_ID = {role: i for i, role in enumerate(ROLES)}
 PADDING = -1
 IGNORE = -100
+BARE_IMAGE = 2**30
+"""In place of the image token where no picture belongs to it (VLM2Vec's dangling marker): it takes that token's embedding."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,14 @@ class Example:
         return int((self.labels != IGNORE).sum())
 
 
+class Loan(NamedTuple):
+    """The first `length` places of example `lender` stand for the borrower's own beginning, which is equal and was left out."""
+
+    borrower: int
+    lender: int
+    length: int
+
+
 @dataclass(frozen=True)
 class Batch:
     """Examples laid into rows; several examples may share a row.
@@ -55,7 +65,8 @@ class Batch:
     ids, labels: [rows, seq] int64. roles: [rows, seq] int8, -1 on padding. example: [rows, seq] int64, index of the example, -1 on padding.
     positions: [3, rows, seq] int64. patches: [patches, 3 * patch * patch] uint8, pictures in the order their tokens stand when rows are
     read from left to right and top to bottom. grids: [pictures, 3] int64. size: number of examples. pictures, targets: as in Example.
-    target_places: [hidden tokens] int64, places in the flattened batch.
+    target_places: [hidden tokens] int64, places in the flattened batch. loans: of examples that begin like one before them in their row
+    (core/sharing.py); none in training.
     """
 
     ids: torch.Tensor
@@ -70,6 +81,7 @@ class Batch:
     pictures: tuple[bytes, ...] = ()
     targets: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.uint8))
     target_places: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    loans: tuple[Loan, ...] = ()
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device; to a GPU through pinned memory, so that nobody waits for the copy."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from comatch.core.batch import IGNORE, PADDING, Batch, Example
+from comatch.core.batch import IGNORE, PADDING, Batch, Example, Loan
 
 UNLIMITED = 2**62
 MULTIPLE = 64
@@ -85,12 +85,19 @@ def budget(lengths: Sequence[int], tokens: int) -> list[list[int]]:
 
 
 def deal(costs: Sequence[float], ranks: int) -> list[list[int]]:
-    """Indices for each rank so that costs are nearly equal: dearest first, to and fro. Hands differ by at most one item; indices rise."""
-    order = sorted(range(len(costs)), key=lambda i: -costs[i])
+    """Indices for each rank so that costs are nearly equal, and numbers equal or one apart: dearest first, to whom has least so far.
+
+    Within a hand indices rise.
+    """
+    room, more = divmod(len(costs), ranks)
     hands: list[list[int]] = [[] for _ in range(ranks)]
-    for place, i in enumerate(order):
-        turn, rank = divmod(place, ranks)
-        hands[ranks - 1 - rank if turn % 2 else rank].append(i)
+    spent = [0.0] * ranks
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        # So many hands as there are items over may take one more than the others.
+        rank = min((r for r in range(ranks) if len(hands[r]) < room + (more > 0)), key=lambda r: spent[r])
+        more -= len(hands[rank]) == room
+        hands[rank].append(i)
+        spent[rank] += costs[i]
     return [sorted(hand) for hand in hands]
 
 
@@ -109,10 +116,12 @@ def width(tokens: int, multiple: int = MULTIPLE) -> int:
     return -(-tokens // step) * step
 
 
-def collate(examples: Sequence[Example], pack: bool = True, side: str = "right", multiple: int = MULTIPLE) -> Batch:
+def collate(
+    examples: Sequence[Example], pack: bool = True, side: str = "right", multiple: int = MULTIPLE, loans: Sequence[Loan] = ()
+) -> Batch:
     """Examples to one Batch: all in one row, one after the other, padded to a multiple.
 
-    Without `pack` every example has its own row, as wide as the longest, padded on `side`.
+    Without `pack` every example has its own row, as wide as the longest, padded on `side`. loans: of `core.sharing`.
     """
     lengths = [len(example) for example in examples]
     wide = width(sum(lengths), multiple) if pack else max(lengths)
@@ -144,6 +153,7 @@ def collate(examples: Sequence[Example], pack: bool = True, side: str = "right",
         pictures=tuple(name for example in examples for name in example.pictures or (b"",) * len(example.grids)),
         targets=torch.from_numpy(np.concatenate(targets)) if targets else torch.zeros(0, 0, dtype=torch.uint8),
         target_places=torch.from_numpy(np.concatenate(places)),
+        loans=tuple(loans),
     )
 
 

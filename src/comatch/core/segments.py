@@ -9,7 +9,7 @@ too, and the outputs of those copies are dropped. A run that sees itself in full
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from comatch.core.batch import PADDING
+from comatch.core.batch import PADDING, Loan
 from comatch.recipe import ROLES, Visibility
 
 
@@ -92,10 +92,12 @@ def pieces(visibility: Visibility, runs: tuple[str, ...]) -> tuple[Piece, ...] |
     )
 
 
-def compile_segments(roles: torch.Tensor, example: torch.Tensor, visibility: Visibility) -> Segments | str:
+def compile_segments(
+    roles: torch.Tensor, example: torch.Tensor, visibility: Visibility, loans: Sequence[Loan] = ()
+) -> Segments | str:
     """A batch's visibility as plain attention calls, or the reason, in words, why only the dense mask can express it.
 
-    roles, example: [rows, seq] as in `Batch`. The result equals `core.masks.dense` on every place that is not padding.
+    roles, example, loans: as in `Batch`. The result equals `core.masks.dense` on every place that is not padding.
     """
     role, owner = (x.cpu().numpy().ravel() for x in (roles, example))
     line = np.arange(len(role)) // roles.shape[1]
@@ -103,11 +105,16 @@ def compile_segments(roles: torch.Tensor, example: torch.Tensor, visibility: Vis
     begins[1:] = (np.diff(owner) != 0) | (np.diff(line) != 0)
     new = begins.copy()
     new[1:] |= np.diff(role) != 0
+    # What is lent is a run of its own, so that a borrower can take it for its first.
+    at = {loan.lender: int(np.argmax(owner == loan.lender)) for loan in loans}
+    for loan in loans:
+        new[at[loan.lender] + loan.length] = True
     starts = np.flatnonzero(new)
     lengths = np.diff(starts, append=len(role))
     causal: list[_Alike] = []
     full: list[_Alike] = []
-    for kind, runs in _alike(role[starts], begins[starts]):
+    lent = {loan.borrower: int(np.searchsorted(starts, at[loan.lender])) for loan in loans}
+    for kind, runs in _alike(role[starts], begins[starts], owner[starts], lent):
         plan = pieces(visibility, tuple(ROLES[i] for i in kind))
         if isinstance(plan, str):
             return plan
@@ -140,12 +147,21 @@ class _Alike(NamedTuple):
     kept: np.ndarray
 
 
-def _alike(roles: np.ndarray, begins: np.ndarray) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
-    """Examples by the roles of their runs: the roles, and [examples, runs] numbers of runs. roles, begins: [runs] of the batch."""
-    first = np.flatnonzero(begins & (roles != PADDING))
-    count = np.diff(np.flatnonzero(begins), append=len(roles))[roles[begins] != PADDING]
-    runs = first[:, None] + np.arange(count.max(initial=0))
-    inside = np.arange(runs.shape[1]) < count[:, None]
+def _alike(
+    roles: np.ndarray, begins: np.ndarray, owners: np.ndarray, lent: Mapping[int, int]
+) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+    """Examples by the roles of their runs: the roles, and [examples, runs] numbers of runs.
+
+    roles, begins, owners: [runs] of the batch. lent: the number of the run that an example has for its first, by the example's own.
+    """
+    real = roles[begins] != PADDING
+    first = np.flatnonzero(begins)[real]
+    borrowed = np.array([lent.get(owner, -1) for owner in owners[first].tolist()], np.int64)
+    shift = (borrowed >= 0).astype(np.int64)
+    count = np.diff(np.flatnonzero(begins), append=len(roles))[real] + shift
+    places = np.arange(count.max(initial=0))
+    runs = np.where((places == 0) & (shift[:, None] == 1), borrowed[:, None], first[:, None] + places - shift[:, None])
+    inside = places < count[:, None]
     table = np.where(inside, roles[np.minimum(runs, len(roles) - 1)], PADDING)
     kinds, which = np.unique(table, axis=0, return_inverse=True)
     for i, kind in enumerate(kinds):

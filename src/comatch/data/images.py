@@ -24,6 +24,9 @@ class ImageSettings:
     """How a picture is resized and cut. Pixels count one picture: width times height after resizing.
 
     draft: decode a JPEG at 1/2, 1/4 or 1/8 where the resized picture is no larger than that; quicker, and not the stock pixels.
+    square: squash every picture to a square of so many pixels a side, and leave the limits aside (VLM2Vec V1, CoCoA); 0 keeps its shape.
+    small: a picture with a side under one visual token is stretched to one token on that side ("raise"), becomes a square of two tokens a
+    side ("square", VLM2Vec and CoMa), or goes on as it is ("").
     """
 
     patch: int = 14
@@ -34,8 +37,14 @@ class ImageSettings:
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     draft: bool = False
+    square: int = 0
+    small: str = ""
 
     def __post_init__(self) -> None:
+        if self.square % (self.patch * self.merge) or self.square < 0:
+            raise ModelError(f"image square={self.square}; use a multiple of {self.patch * self.merge}, or 0 to keep the shape")
+        if self.small not in ("", "raise", "square"):
+            raise ModelError(f"image small={self.small!r}; allowed: 'raise', 'square', or '' to leave small pictures as they are")
         if not 0 < self.min_pixels <= self.max_pixels or self.max_pixels < (self.patch * self.merge) ** 2:
             raise ModelError(
                 f"image limits min_pixels={self.min_pixels}, max_pixels={self.max_pixels} are impossible; "
@@ -72,13 +81,18 @@ class ImageSettings:
     def to_dict(self) -> Mapping[str, Any]:
         """Plain data, for manifests and fingerprints."""
         values = asdict(self)
-        if not self.draft:  # so that what was saved before there was this choice keeps its fingerprint
-            del values["draft"]
+        for choice in ("draft", "square", "small"):
+            if not values[choice]:  # so that what was saved before there was this choice keeps its fingerprint
+                del values[choice]
         return values
 
     def grid(self, width: int, height: int) -> tuple[int, int, int]:
         """Time, height and width in patches of a picture of that size in pixels (Qwen's smart resize)."""
         factor = self.patch * self.merge
+        if self.square:
+            return 1, self.square // self.patch, self.square // self.patch
+        if self.small and min(width, height) < factor:
+            width, height = (2 * factor, 2 * factor) if self.small == "square" else (max(width, factor), max(height, factor))
         if max(width, height) > 200 * min(width, height):
             raise ImageError(f"picture of {width} x {height} pixels: its sides differ more than 200-fold; crop it")
         h, w = round(height / factor) * factor, round(width / factor) * factor

@@ -41,10 +41,10 @@ class Score:
     chance     hit@1 of a random ranking
     recall     {k: mean share of a query's gold candidates among its first k}
     mrr        mean of 1 / rank of the best gold candidate
-    ndcg5      nDCG at 5, linear gain, relevance 1 for gold and 0 otherwise
+    ndcg5      nDCG at 5, linear gain; where nobody says otherwise, relevance is 1 for gold and 0 for others
     n          queries; ties: queries whose best place is shared by gold and others
     invalid    queries that touch a NaN, infinite or zero vector (their own or a listed candidate's)
-    hits       the 0/1 of every query in order, for paired tests
+    hits       the 0/1 of every query in order, for paired tests; ndcgs: its nDCG at 5
     """
 
     name: str
@@ -61,6 +61,26 @@ class Score:
     ties: int
     invalid: int
     hits: npt.NDArray[np.bool_] = field(repr=False, compare=False)
+    ndcgs: npt.NDArray[np.float64] = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The ranking of one query.
+
+    chosen      row of the best candidate; where gold does not clearly win, of its best rival
+    gold        row of the best gold candidate; rank: its place from 1 on, 0 where it or the query cannot be used
+    margin      score of the best gold candidate minus that of its best rival, from -2 to 2
+    candidates  how many distinct ones were ranked
+    """
+
+    chosen: int
+    gold: int
+    correct: bool
+    rank: int
+    margin: float
+    tie: bool
+    candidates: int
 
 
 @dataclass(frozen=True)
@@ -84,12 +104,27 @@ def hit_at_1(
     meta: str = "",
     seed: int = 0,
 ) -> Score:
-    """Rank each query's listed candidates and score the ranking.
+    """The score of `judge`, where all gold candidates are equally relevant."""
+    return judge(query_vectors, candidate_vectors, candidates, gold, name=name, meta=meta, seed=seed)[0]
+
+
+def judge(
+    query_vectors: Floats,
+    candidate_vectors: Floats,
+    candidates: Sequence[Sequence[int]],
+    gold: Sequence[Sequence[int]],
+    relevance: Sequence[Sequence[float]] = (),
+    *,
+    name: str = "",
+    meta: str = "",
+    seed: int = 0,
+) -> tuple[Score, tuple[Verdict, ...]]:
+    """Rank each query's listed candidates; the score of the ranking, and each query's verdict.
 
     query_vectors [n, dim] and candidate_vectors [pool, dim], unit rows; candidates[i] and gold[i] hold row
-    numbers of candidate_vectors. A list is read as a set: a candidate named twice counts once. Raises
-    EvaluationError where the lists do not fit, a gold candidate is not listed, or a finite vector is not of
-    unit length.
+    numbers of candidate_vectors, relevance[i] how relevant each of gold[i] is (() is 1 everywhere). A list is
+    read as a set: a candidate named twice counts once. Raises EvaluationError where the lists do not fit, a
+    gold candidate is not listed, or a finite vector is not of unit length.
     """
     queries, pool = _checked(query_vectors, "query"), _checked(candidate_vectors, "candidate")
     if queries.shape[1] != pool.shape[1]:
@@ -97,37 +132,42 @@ def hit_at_1(
             f"query vectors have {queries.shape[1]} dimensions, candidates {pool.shape[1]}; encode both "
             "with one model"
         )
-    if not len(queries) == len(candidates) == len(gold):
+    grades = relevance or [[1.0] * len(right) for right in gold]
+    if not len(queries) == len(candidates) == len(gold) == len(grades):
         raise EvaluationError(
-            f"{len(queries)} queries, {len(candidates)} candidate lists, {len(gold)} gold lists; the three "
-            "numbers must be equal"
+            f"{len(queries)} queries, {len(candidates)} candidate lists, {len(gold)} gold lists, {len(grades)} of their relevance; "
+            "the numbers must be equal"
         )
     bad_query, bad_pool = _invalid(queries), _invalid(pool)
     queries, pool = np.where(bad_query[:, None], 0, queries), np.where(bad_pool[:, None], 0, pool)
-    outcomes = []
+    outcomes, verdicts = [], list[Verdict]()
     for start in range(0, len(queries), _BLOCK):
         for i, scores in enumerate(queries[start : start + _BLOCK] @ pool.T, start=start):
-            ids, right = _listed(i, candidates[i], gold[i], len(pool))
-            outcomes.append(_outcome(scores[ids], right, bad_pool[ids], bool(bad_query[i])))
+            ids, grade = _listed(i, candidates[i], gold[i], grades[i], len(pool))
+            outcomes.append(_outcome(scores[ids], grade, bad_pool[ids], bool(bad_query[i])))
+            verdicts.append(_verdict(ids, scores[ids], grade > 0, bad_pool[ids], outcomes[-1]))
     table = np.asarray(outcomes, dtype=np.float64)
     hits = table[:, 0] == 1
     low, high = interval(hits, seed=seed)
     ties, invalid = table[:, 1:3].sum(axis=0).astype(int).tolist()
     hit, _, _, expected, chance, mrr, ndcg5, *recall = table.mean(axis=0).tolist()
     found = MappingProxyType(dict(zip(CUTS, recall, strict=True)))
-    return Score(
-        name, meta, len(hits), hit, low, high, expected, chance, found, mrr, ndcg5, ties, invalid, hits
+    score = Score(
+        name, meta, len(hits), hit, low, high, expected, chance, found, mrr, ndcg5, ties, invalid, hits, table[:, 6]
     )
+    return score, tuple(verdicts)
 
 
-def _outcome(
-    scores: Floats, gold: npt.NDArray[np.bool_], bad: npt.NDArray[np.bool_], bad_query: bool
-) -> list[float]:
+def _outcome(scores: Floats, grade: Floats, bad: npt.NDArray[np.bool_], bad_query: bool) -> list[float]:
     """One query: [hit, tie, invalid, expected, chance, reciprocal rank, ndcg5, recall at each of CUTS]."""
+    gold = grade > 0
     chance = float(gold.mean())
     if bad_query:
         return [0, 0, 1, 0, chance, 0, 0, *(0 for _ in CUTS)]
-    golds = np.sort(scores[gold & ~bad])[::-1]
+    golds, grades = scores[gold & ~bad], grade[gold & ~bad]
+    # Of gold ones with equal scores the less relevant stands first, as a tie never helps.
+    order = np.lexsort((grades, -np.round(golds / TIE)))
+    golds, grades = golds[order], grades[order]
     rivals = np.where(bad, np.inf, scores)[~gold]
     # A gold one stands behind the better gold ones and behind every rival that does not clearly lose.
     ahead = np.array([np.sum(rivals >= g - TIE) for g in golds], dtype=np.int64)
@@ -138,10 +178,25 @@ def _outcome(
     tie = gold_on_top > 0 and rivals_on_top > 0
     expected = gold_on_top / max(gold_on_top + rivals_on_top, 1)
     total = int(gold.sum())
-    gains = np.sum(1 / np.log2(ranks[ranks <= 5] + 1.0))
-    ideal = sum(1 / math.log2(rank + 1) for rank in range(1, min(total, 5) + 1))
+    gains = np.sum((grades / np.log2(ranks + 1.0))[ranks <= 5])
+    ideal = sum(value / math.log2(rank + 1) for rank, value in enumerate(sorted(grade[gold], reverse=True)[:5], start=1))
     recall = [int(np.sum(ranks <= k)) / total for k in CUTS]
     return [best == 1, tie, bool(bad.any()), expected, chance, 1 / best, gains / ideal, *recall]
+
+
+def _verdict(
+    ids: npt.NDArray[np.int64], scores: Floats, gold: npt.NDArray[np.bool_], bad: npt.NDArray[np.bool_], outcome: Sequence[float]
+) -> Verdict:
+    """What `_outcome` found, by candidates: the best right one, and the one that beats it or ties with it where there is one."""
+    hit, tie, _, _, _, reciprocal, *_ = outcome
+    right = np.where(gold & ~bad, scores, -np.inf)
+    rival = np.where(gold, -np.inf, np.where(bad, np.inf, scores))
+    best = int(right.argmax()) if np.isfinite(right).any() else int(gold.argmax())
+    chosen = best if hit or gold.all() else int(rival.argmax())
+    rank = round(1 / reciprocal) if reciprocal else 0
+    # Cosines differ by 2 at most, which stands for a margin without a rival.
+    margin = float(np.clip(right.max() - rival.max(), -2, 2)) if rank else 0.0
+    return Verdict(int(ids[chosen]), int(ids[best]), bool(hit), rank, margin, bool(tie), len(ids))
 
 
 def interval(values: npt.ArrayLike, *, seed: int = 0, floor: float = 0.0) -> tuple[float, float]:
@@ -209,18 +264,22 @@ def _checked(vectors: Floats, what: str) -> Floats:
 
 
 def _listed(
-    i: int, candidates: Sequence[int], gold: Sequence[int], pool: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """The distinct candidates of query i, and which of them are gold."""
+    i: int, candidates: Sequence[int], gold: Sequence[int], relevance: Sequence[float], pool: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """The distinct candidates of query i, and how relevant each is: 0 unless it is gold."""
     ids = np.unique(np.asarray(candidates, dtype=np.int64))
     if not len(ids) or ids[0] < 0 or ids[-1] >= pool:
         raise EvaluationError(
             f"query {i} lists candidates {ids[:3].tolist()}..; allowed are 1 or more of 0 to {pool - 1}"
         )
-    right = np.isin(ids, np.asarray(gold, dtype=np.int64))
-    if right.sum() != len(set(gold)) or not right.any():
+    right = np.asarray(gold, dtype=np.int64)
+    if not len(right) or not np.isin(right, ids).all():
         raise EvaluationError(
             f"query {i} has gold {list(gold)[:5]}, not all among its {len(ids)} candidates; each query lists "
             "at least one gold candidate"
         )
-    return ids, right
+    if len(relevance) != len(right) or not all(0 < value < math.inf for value in relevance):
+        raise EvaluationError(f"query {i} has {len(right)} gold candidates of relevance {list(relevance)[:5]}; each needs one above 0")
+    grade = np.zeros(len(ids))
+    np.maximum.at(grade, np.searchsorted(ids, right), relevance)
+    return ids, grade

@@ -21,7 +21,7 @@ from comatch.data.scene_truth import COLOURS, LETTERS, PLACES, SHAPES, SIZES, Di
 from comatch.data.scenes import Scene, class_options, scene
 from comatch.data.sources import open_source
 from comatch.errors import EvaluationError
-from comatch.evaluation.metrics import Floats, Score, hit_at_1
+from comatch.evaluation.metrics import Floats, Score, judge
 
 _CHUNK = 256
 _MISSES = 4
@@ -34,7 +34,10 @@ class Task:
     queries, pool   what is encoded
     candidates[i]   the places in the pool that query i ranks
     gold[i]         those among them that are right, at least one
-    meta            classification, vqa, retrieval or grounding, as in MMEB
+    meta            classification, vqa, retrieval or grounding; of a published suite, the group within its modality
+    relevance[i]    how relevant each of gold[i] is; () is 1 everywhere
+    modality, split, metric   as in TaskResult
+    ids, names      what people call the queries and the pool's entries; () is by place
     """
 
     name: str
@@ -43,6 +46,12 @@ class Task:
     pool: Sequence[Message]
     candidates: Sequence[Sequence[int]]
     gold: Sequence[Sequence[int]]
+    relevance: Sequence[Sequence[float]] = ()
+    modality: str = "image"
+    split: str = ""
+    metric: str = "hit@1"
+    ids: Sequence[str] = ()
+    names: Sequence[str] = ()
 
 
 class Encodes(Protocol):
@@ -85,7 +94,7 @@ def evaluate(
     for task in tasks:
         queries, pool = (vectors[[places[m] for m in side]] for side in (task.queries, task.pool))
         scores.append(
-            hit_at_1(queries, pool, task.candidates, task.gold, name=task.name, meta=task.meta, seed=seed)
+            judge(queries, pool, task.candidates, task.gold, task.relevance, name=task.name, meta=task.meta, seed=seed)[0]
         )
     return scores
 

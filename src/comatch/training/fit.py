@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,6 +15,7 @@ from comatch.backbones.memory import RESERVE, Demand, free_memory, head_bytes, r
 from comatch.config import AdapterConfig, RunConfig, StageRun
 from comatch.core.batch import Example
 from comatch.core.flops import Shape, Trains, work_of
+from comatch.core.packing import Size
 from comatch.recipe import Stage
 from comatch.training.loader import Sample
 
@@ -53,6 +54,12 @@ def beside_bytes(backbone: Backbone, stage: Stage, whole: bool) -> dict[str, flo
     if "distillation" in stage.objectives and whole:
         held["teacher"] = float(sum(p.numel() * p.element_size() for p in backbone.parameters()))
     return held
+
+
+def cost_of(backbone: Backbone) -> Callable[[Size], float]:
+    """What an example of some size costs, in FLOP of a forward pass; attention, a few percent, is left out."""
+    shape = Shape.of(backbone.stock.config)
+    return lambda size: float(size.tokens * shape.text_token + size.patches * shape.patch)
 
 
 def demand(config: RunConfig, shape: Shape) -> Demand:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,11 +15,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from comatch.content import Message
 from comatch.core.batch import Example
+from comatch.core.packing import Size, deal
 from comatch.data.mixture import Mixture, key
 from comatch.data.scene_truth import Dice
 from comatch.errors import ContentError, DataError
 from comatch.prepare import Preparer
 from comatch.recipe import Stage
+from comatch.render import Row
 from comatch.training.parcel import Parcel
 
 _TRIES = 8
@@ -147,21 +151,58 @@ class _Pick:
 
 
 class StageData(Dataset[list[Sample]]):
-    """The samples of one stage: data[step] are those of this rank in global batch `step`, every n-th of the same list for n ranks.
+    """The samples of one stage: data[step] are those of this rank in global batch `step`; all ranks together have the same for any number.
 
-    In a contrastive stage every rank reads the rows of the whole batch, because no positive may stand in it twice, and decodes the
-    pictures of its own.
+    Every rank reads the rows of the whole batch, because no positive may stand in it twice and because the work is dealt out by what
+    it costs, so that none waits for another. It decodes the pictures of its own.
+
+    cost: of an item or dialogue of that size, known from headers; without one the ranks take turns.
     """
 
-    def __init__(self, mixture: Mixture, preparer: Preparer, stage: Stage, *, seed: int, batch: int, rank: int = 0, ranks: int = 1) -> None:
+    def __init__(
+        self,
+        mixture: Mixture,
+        preparer: Preparer,
+        stage: Stage,
+        *,
+        seed: int,
+        batch: int,
+        rank: int = 0,
+        ranks: int = 1,
+        cost: Callable[[Size], float] | None = None,
+    ) -> None:
         self.mixture, self.preparer, self.stage = mixture, preparer, stage
-        self.seed, self.batch, self.rank, self.ranks = seed, batch, rank, ranks
+        self.seed, self.batch, self.rank, self.ranks, self.cost = seed, batch, rank, ranks, cost
 
     def __getitem__(self, step: int) -> list[Sample]:
         places = self.mixture.places(step, self.batch)
         if "contrastive" in self.stage.objectives:
             return self._groups(places)
-        return [self._alone(*place) for place in places[self.rank :: self.ranks]]
+        firsts = [(source, *next(self.mixture.rows(source, position, self.seed))) for source, position in places]
+        mine = self._hand([partial(self._told_rows, *first) for first in firsts])
+        return [self._alone(*places[i]) for i in mine]
+
+    def _hand(self, units: Sequence[Callable[[], Iterable[Row]]]) -> list[int]:
+        """Which of the batch's units are this rank's; a unit gives its rendered rows."""
+        if self.cost is None or self.ranks == 1:
+            return list(range(self.rank, len(units), self.ranks))
+        costs = [0.0] * len(units)
+        for i, unit in enumerate(units):
+            with suppress(ContentError):  # a bad unit costs nothing; where it is prepared it is found again, and counted
+                costs[i] = sum(self.cost(self.preparer.size(row)) for row in unit())
+        return deal(costs, self.ranks)[self.rank]
+
+    def _told_rows(self, source: int, row: int, epoch: int) -> Iterator[Row]:
+        ingredient, renderer = self.mixture.ingredients[source], self.preparer.renderer
+        if self.stage.tells == "dialogue":
+            yield renderer.dialogue(ingredient.source.dialogue(row, epoch), self.stage)
+        else:
+            yield renderer.pair(*ingredient.pair(row, epoch), self.stage)
+
+    def _group_rows(self, source: int, pick: _Pick) -> Iterator[Row]:
+        yield from (self.preparer.renderer.item(message, self.stage) for message in pick.messages)
+        if self.stage.tells:
+            yield from self._told_rows(source, pick.row, pick.epoch)
 
     def _told(self, source: int, row: int, epoch: int) -> Example:
         """The row with labels; what it hides depends on the seed, the stage and the row, not on who prepares it. Raises ContentError."""
@@ -185,15 +226,15 @@ class StageData(Dataset[list[Sample]]):
     def _groups(self, places: list[tuple[int, int]]) -> list[Sample]:
         taken: set[int] = set()
         # Class names repeat so much that looking for new ones must end: no batch reads more than twice its rows for it.
-        spare, mine = self.batch, []
-        for number, place in enumerate(places):
+        spare, found = self.batch, []
+        for place in places:
             rows, bad = self.mixture.rows(*place, self.seed), list[str]()
             pick, tried = self._pick(place, rows, taken, bad, min(spare, _TRIES))
             spare -= tried
             taken.update(pick.answers)
-            if number % self.ranks == self.rank:
-                mine.append((place, rows, pick, bad))
-        return [self._sample(*one, taken) for one in mine]
+            found.append((place, rows, pick, bad))
+        mine = self._hand([partial(self._group_rows, place[0], pick) for place, _, pick, _ in found])
+        return [self._sample(*found[i], taken) for i in mine]
 
     def _pick(
         self, place: tuple[int, int], rows: Iterator[tuple[int, int]], taken: set[int], bad: list[str], spare: int

@@ -34,7 +34,7 @@ from comatch.recipe import Recipe, Stage
 from comatch.training.beside import Beside
 from comatch.training.checkpoint import WEIGHTS, Tensors, atomic_folder
 from comatch.training.faults import explained
-from comatch.training.fit import fit_layers, useful_flops
+from comatch.training.fit import cost_of, fit_layers, useful_flops
 from comatch.training.guide import Guide
 from comatch.training.loader import Quarantine, Sample, StageData, batches
 from comatch.training.origin import Origin
@@ -126,7 +126,8 @@ class Running:
         seed_step(config.seed, stage.name, -1, 0)  # new adapters begin equal on all processes, and after a restart
         live = self._live(stage, run, Quarantine((run.data or config.data).max_bad, len(mixture)))
         self.guide = Guide.load(run.loss.guide, encoder, accelerator.device) if run.loss.guide else None
-        data = StageData(mixture, encoder.preparer, stage, seed=config.seed, batch=run.batch, rank=rank, ranks=ranks)
+        where = {"rank": rank, "ranks": ranks, "cost": cost_of(encoder.backbone) if ranks > 1 else None}
+        data = StageData(mixture, encoder.preparer, stage, seed=config.seed, batch=run.batch, **where)
         with live.reporter, compiled_layers(encoder.backbone, config.compile):
             self._settle(live, stage, run, data)
             if self.folder.checkpoint and self.folder.checkpoint.stage == stage.name:

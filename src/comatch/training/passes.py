@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from comatch.backbones.base import Backbone
 from comatch.core.batch import IGNORE, ROLE_ID, Batch, Example
-from comatch.core.packing import UNLIMITED, Size, collate, greedy
+from comatch.core.packing import MULTIPLE, UNLIMITED, Size, best_fit, collate
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def plan_passes(
 ) -> list[Pass]:
     """Passes of at most `tokens` language-model tokens and `patches` picture patches, at least one example each.
 
-    Pictures and texts go apart, unless all fit one pass; passes with pictures come first, and each kind is sorted by length.
+    Pictures and texts go apart, unless all fit one pass; passes with pictures come first, and each kind is packed by best fit.
     Where a vision tower trains on several ranks every rank has a pass with pictures; sharded weights have equal numbers of both kinds
     on all ranks, which costs one small collective.
     """
@@ -53,12 +53,17 @@ def plan_passes(
         wanted[0] = max(1, wanted[0])
     planned = []
     for groups, wants, pictured in zip(kinds, wanted, (True, False), strict=True):
-        planned += [Pass(collate([examples[i] for i in group]).to(accelerator.device), group) for group in groups]
+        planned += [Pass(_batch([examples[i] for i in group], accelerator.device), group) for group in groups]
         missing = wants - len(groups)
         if missing:
-            stand_in = Pass(collate([_stand_in(backbone, examples, pictured)]).to(accelerator.device), [])
+            stand_in = Pass(_batch([_stand_in(backbone, examples, pictured)], accelerator.device), [])
             planned += [stand_in] * missing
     return planned
+
+
+def fill(planned: Sequence[Pass]) -> tuple[int, int]:
+    """How many places of the passes hold a token, stand-ins aside, and how many places there are."""
+    return sum(part.batch.tokens for part in planned if part.members), sum(part.batch.ids.numel() for part in planned)
 
 
 def open_methods(backbone: Backbone) -> None:
@@ -80,10 +85,13 @@ def run_backward(accelerator: Accelerator, model: nn.Module, loss: torch.Tensor,
         accelerator.backward(loss)
 
 
+def _batch(examples: Sequence[Example], device: torch.device) -> Batch:
+    return collate(examples, multiple=MULTIPLE if device.type == "cpu" else 2 * MULTIPLE).to(device)
+
+
 def _split(chosen: Sequence[int], examples: Sequence[Example], tokens: int, patches: int | None) -> list[list[int]]:
-    order = sorted(chosen, key=lambda i: len(examples[i]))
-    groups = greedy([Size.of(examples[i]) for i in order], Size(tokens, patches or UNLIMITED)).groups
-    return [[order[i] for i in group] for group in groups]
+    groups = best_fit([Size.of(examples[i]) for i in chosen], Size(tokens, patches or UNLIMITED)).groups
+    return [[chosen[i] for i in group] for group in groups]
 
 
 def _stand_in(backbone: Backbone, examples: Sequence[Example], pictured: bool) -> Example:

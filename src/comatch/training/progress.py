@@ -22,7 +22,7 @@ from comatch.errors import TrainingError
 from comatch.training.loader import Quarantine
 from comatch.training.step import StepResult
 
-_SUMS = ("loss", "accuracy", "items", "tokens", "flop", "count", "parts")
+_SUMS = ("loss", "accuracy", "items", "tokens", "filled", "slots", "flop", "count")
 
 
 class _Stderr(Console):
@@ -56,7 +56,7 @@ class Reporter:
         )
         self.file: IO[str] | None = None
         self.spent = self.loss = self.accuracy = self.flop = 0.0
-        self.items = self.tokens = self.count = 0
+        self.items = self.tokens = self.filled = self.slots = self.count = 0
         self.parts: dict[str, float] = {}
         self.began = self.told_at = time.perf_counter()
 
@@ -69,18 +69,20 @@ class Reporter:
 
     def state(self) -> dict[str, Any]:
         """What has been added up since the last line."""
-        return {name: getattr(self, name) for name in _SUMS}
+        return {name: getattr(self, name) for name in (*_SUMS, "parts")}
 
     def restore(self, step: int, state: Mapping[str, Any]) -> None:
         """Go on after `step` steps with such sums."""
         for name in _SUMS:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, 0))
+        self.parts = dict(state.get("parts", {}))
         self.bar.update(self.task, completed=step)
 
     def step(self, step: int, result: StepResult, norm: float, rate: float, account: Quarantine, seconds: float, flop: float = 0.0) -> None:
         """Count one optimiser step; every few of them, write their mean loss and the account of the data of all ranks so far.
 
-        flop: useful work of this rank (core/flops.py).
+        flop: useful work of this rank (core/flops.py). In the line, fill is the share of this rank's places that are no padding, imbalance
+        the work of the rank with the most over the mean.
         """
         ranks = self.accelerator.num_processes
         self.spent += seconds
@@ -88,6 +90,8 @@ class Reporter:
         self.accuracy += result.accuracy
         self.items += result.examples * ranks
         self.tokens += result.tokens * ranks
+        self.filled += result.filled
+        self.slots += result.slots
         self.flop += flop
         self.count += 1
         self.parts = {name: self.parts.get(name, 0.0) + part for name, part in result.parts.items()}
@@ -96,6 +100,7 @@ class Reporter:
             return
         now = time.perf_counter()
         wall = now - self.began
+        accounts, flops = zip(*gather_object([(account, self.flop)]), strict=True)
         row = {
             "stage": self.stage,
             "step": step + 1,
@@ -107,16 +112,18 @@ class Reporter:
             **({} if result.temperature is None else {"temperature": result.temperature, "repeated": result.repeated}),
             "items_per_second": self.items / wall,
             "tokens_per_second": self.tokens / wall,
+            "fill": self.filled / max(1, self.slots),
             "tflops": self.flop / wall / 1e12,
             **({"mfu": self.flop / wall / 1e12 / self.peak} if self.peak else {}),
+            **({"imbalance": max(flops) * ranks / sum(flops)} if ranks > 1 and sum(flops) else {}),
             "data_wait": max(0.0, 1 - self.spent / wall),
-            **Quarantine.merged(gather_object([account])).metrics(),
+            **Quarantine.merged(accounts).metrics(),
             "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         }
         self._tell(step + 1, row)
         self._write(step + 1, row)
         self.spent = self.loss = self.accuracy = self.flop = 0.0
-        self.items = self.tokens = self.count = 0
+        self.items = self.tokens = self.filled = self.slots = self.count = 0
         self.parts = {}
         self.began = now
 

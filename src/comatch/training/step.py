@@ -31,7 +31,7 @@ from comatch.objectives.tokens import next_token
 from comatch.recipe import Stage, check_vectors
 from comatch.training.beside import Beside
 from comatch.training.loader import Sample
-from comatch.training.passes import Pass, no_sync, open_methods, plan_passes, run_backward
+from comatch.training.passes import Pass, fill, no_sync, open_methods, plan_passes, run_backward
 
 _QUERY, _POSITIVE, _NEGATIVE = range(3)
 
@@ -41,7 +41,8 @@ class StepResult:
     """What one step did.
 
     loss, accuracy (next tokens predicted right, or positives that rank first) are of all ranks; examples, tokens of this one.
-    repeated: share of all ranks' items that equal another of their rank and were not encoded again. temperature: of a contrastive loss.
+    filled, slots: places that held a token, and all places, in one run through this rank's passes. repeated: share of all ranks' items that
+    equal another of their rank and were not encoded again. temperature: of a contrastive loss.
     parts: the loss of each objective, without its weight, where rows have labels.
     """
 
@@ -49,6 +50,8 @@ class StepResult:
     accuracy: float
     examples: int
     tokens: int
+    filled: int = 0
+    slots: int = 0
     repeated: float = 0.0
     temperature: float | None = None
     parts: Mapping[str, float] = field(default_factory=dict)
@@ -87,7 +90,7 @@ def token_step(
     *totals, right, supervised = accelerator.reduce(sums, "sum").tolist()
     parts = {name: total / count for name, total, count in zip(names, totals, counts, strict=True)}
     loss = sum(stage.objectives[name] * part for name, part in parts.items())
-    return StepResult(loss, right / max(supervised, 1), len(examples), sum(map(len, examples)), parts=parts)
+    return StepResult(loss, right / max(supervised, 1), len(examples), sum(map(len, examples)), *fill(planned), parts=parts)
 
 
 def row_losses(
@@ -163,7 +166,8 @@ def contrastive_step(
         means = kept.pop(i) if i in kept else once(i, part)
         weights = merged[part.members] if part.members else torch.zeros_like(means)
         run_backward(accelerator, model, (means * weights).sum(), last=i == 0)
-    return StepResult(tokens=sum(map(len, examples)), examples=len(samples), **result)
+    filled, slots = fill(planned)
+    return StepResult(examples=len(samples), tokens=sum(map(len, examples)), filled=filled, slots=slots, **result)
 
 
 def take_step(
@@ -191,7 +195,8 @@ def take_step(
     if matched and told:
         parts = {"contrastive": matched.loss, **told.parts}
         loss = stage.objectives["contrastive"] * matched.loss + told.loss
-        return replace(matched, loss=loss, tokens=matched.tokens + told.tokens, parts=parts)
+        sums = {name: getattr(matched, name) + getattr(told, name) for name in ("tokens", "filled", "slots")}
+        return replace(matched, loss=loss, parts=parts, **sums)
     done = matched or told
     if done is None:
         raise ConfigError(f"stage {stage.name!r} has the objectives {list(stage.objectives)}, and no step for any of them")

@@ -19,6 +19,7 @@ from typing import Any
 from comatch.errors import ContentError
 
 _PICTURE = re.compile(r"data:image/(png|jpeg|webp);base64,[A-Za-z0-9+/]+={0,2}")
+_NUMBER = re.compile(r"[+-]?\d+(\.\d+)?( to [+-]?\d+(\.\d+)?)?( %)?")
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d1d1f; --soft: #5c5c63; --line: #d8d8de; --paper: #ffffff; --head: #f4f4f7 }
 @media (prefers-color-scheme: dark) {
@@ -35,14 +36,17 @@ a { color: inherit }
 .wide { overflow-x: auto; margin: 1rem 0 }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums }
 th, td { padding: .35rem .8rem; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top }
-td:not(.number) { min-width: 8rem }
+td:not(.number) { min-width: 7rem }
 th { background: var(--head); font-weight: 600 }
 .number { text-align: right; white-space: nowrap }
 figure { margin: 1.2rem 0 }
 img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 8px; padding: .5rem;
   border: 1px solid var(--line) }
 figcaption { color: var(--soft); font-size: .9rem; margin-top: .4rem; max-width: 46rem }
-@media (max-width: 40rem) { img { min-width: 36rem } }
+td:not(.number):has(img) { min-width: 12rem }
+td img { padding: .15rem; border-radius: 4px; margin-bottom: .3rem }
+td small { display: block; max-width: 16rem; font-size: .85rem; line-height: 1.4 }
+@media (max-width: 40rem) { figure img { min-width: 36rem } }
 @media print { body { max-width: none } figure, tr { break-inside: avoid } }
 """
 
@@ -68,8 +72,8 @@ class Picture:
 class Section:
     """A heading, paragraphs (separated by blank lines), one table and pictures, in this order.
 
-    table: rows as mappings of column to value; columns are the keys in order of first appearance, and a
-    missing cell shows a dash.
+    table: rows as mappings of column to value (a Picture is shown); columns are the keys in order of first
+    appearance, and a missing cell shows a dash.
     """
 
     title: str
@@ -119,10 +123,10 @@ def _section(number: int, section: Section) -> str:
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    numeric = {c for c in columns if all(isinstance(row.get(c), int | float | None) for row in rows)}
+    numeric = {c for c in columns if all(_is_number(row.get(c)) for row in rows)}
     kind = {c: ' class="number"' if c in numeric else "" for c in columns}
     head = "".join(f'<th scope="col"{kind[c]}>{escape(str(c))}</th>' for c in columns)
-    body = ["<tr>" + "".join(f"<td{kind[c]}>{escape(_cell(row.get(c)))}</td>" for c in columns) + "</tr>" for row in rows]
+    body = ["<tr>" + "".join(f"<td{kind[c]}>{_cell(row.get(c))}</td>" for c in columns) + "</tr>" for row in rows]
     # Focusable, so that a wide table can be scrolled from the keyboard.
     return (
         f'<div class="wide" tabindex="0"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n' + "\n".join(body) + "\n</tbody></table></div>"
@@ -135,7 +139,18 @@ def _figure(picture: Picture) -> str:
     return f'<figure><div class="wide" tabindex="0">{image}</div>{caption}</figure>'
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | None) or (isinstance(value, str) and _NUMBER.fullmatch(value) is not None)
+
+
 def _cell(value: Any) -> str:
+    if isinstance(value, Picture):
+        return f'<img src="{value.uri}" alt="{escape(value.alt)}">' + (f"<small>{escape(value.caption)}</small>" if value.caption else "")
+    return escape(cell_text(value))
+
+
+def cell_text(value: Any) -> str:
+    """A value of a table as text: numbers to three digits, a dash where there is none."""
     if value is None:
         return "–"
     if isinstance(value, bool):

@@ -1,0 +1,1 @@
+"""What reports share: one look for figures, one self-contained page."""
