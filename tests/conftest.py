@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
+
+# One thread, before torch is imported: tests fork training runs, and a fork of a process whose OpenMP threads have worked hangs.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch

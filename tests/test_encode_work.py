@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -211,20 +210,6 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(sys, "path", list(sys.path))
     spec.loader.exec_module(module)
     return module
-
-
-def test_the_gpu_script_runs_dry(script: ModuleType, tmp_path: Path) -> None:
-    record = script.main(["--dry", "--out", str(tmp_path / "e.json")])
-    assert json.loads((tmp_path / "e.json").read_text()) == record
-    assert record["measured"] is False, "a dry run is not to be taken for a measurement"
-    assert set(record["work"]) == {"pictures", "mixed", "questions"}
-    for found in record["work"].values():
-        assert {"comatch", "stream", "memory", "padded"} <= set(found["ways"])
-        for name, row in found["ways"].items():
-            assert row["min_cosine"] > 0.9999 and row["items_per_second"] > 0 and ("ratio" in row) == (name != "comatch")
-    if not torch.cuda.is_available():
-        with pytest.raises(SystemExit, match="--dry"):
-            script.main([])
 
 
 def test_wrong_vectors_get_no_ratio(script: ModuleType, encoder: Encoder) -> None:
