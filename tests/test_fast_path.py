@@ -21,6 +21,7 @@ from comatch.backbones.base import Backbone
 from comatch.content import Dialogue, as_message
 from comatch.core.batch import ROLE_ID, Batch
 from comatch.core.packing import collate
+from comatch.core.segments import Segments, compile_segments
 from comatch.data.scenes import scene
 from comatch.encoder import Encoder
 from comatch.objectives.tokens import next_token
@@ -146,7 +147,11 @@ def test_the_gpu_path_is_dense(
     equal(outcome(backbone, batch, visibility), slow)
     text, depth = backbone.text.config, len(backbone.vision_tower.blocks)
     heads = [call["key"].shape[1] for call in calls[depth:]]
-    assert len(calls) == depth + text.num_hidden_layers, "one launch per layer in both towers"
+    segments = compile_segments(batch.roles, batch.example, visibility)
+    assert isinstance(segments, Segments)
+    mixed = len(set("".join(visibility.table)) - {"."}) - 1
+    assert len(segments.blocks) == 1 + mixed, "causal and full rows go apart"
+    assert len(calls) == depth + text.num_hidden_layers * len(segments.blocks), "one launch per layer in both towers, two for a mixed table"
     assert set(heads) == {text.num_key_value_heads if grouped_heads else text.num_attention_heads}
 
 
