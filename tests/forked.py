@@ -24,7 +24,7 @@ from comatch.errors import ComatchError, Stopped
 from comatch.training.loop import Evaluate, read_metrics, train
 from comatch.training.signals import Signals
 
-TIMING = {"items_per_second", "tokens_per_second", "tflops", "mfu", "imbalance", "data_wait", "peak_memory_mib"}
+TIMING = {"seconds", "items_per_second", "tokens_per_second", "tflops", "mfu", "imbalance", "data_wait", "peak_memory_mib"}
 
 Make = Callable[..., RunConfig]
 

@@ -34,6 +34,7 @@ LEVELS = (
     # floor 4
     ("training", "synthesis", "evaluation", "analysis", "search", "export"),
     # floor 5
+    ("studies",),
     ("serving", "cli"),
     ("__main__",),
 )

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from comatch.errors import RecipeError as RecipeError
     from comatch.errors import SearchError as SearchError
     from comatch.errors import Stopped as Stopped
+    from comatch.errors import StudyError as StudyError
     from comatch.errors import TrainingError as TrainingError
     from comatch.recipes import load_recipe as load_recipe
 
@@ -42,7 +43,7 @@ _EXPORTS = {
     "comatch.recipes": "load_recipe",
     "comatch.content": "as_message Message Text Image Video Group Dialogue",
     "comatch.errors": "ComatchError ConfigError ContentError DataError EvaluationError ImageError"
-    " MissingExtra ModelError RecipeError SearchError Stopped TrainingError",
+    " MissingExtra ModelError RecipeError SearchError Stopped StudyError TrainingError",
 }
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names.split()}
 

@@ -10,6 +10,7 @@ ComatchError
 ├── TrainingError       a run cannot go on: non-finite loss, damaged checkpoint, changed config or data
 │   └── Stopped         a signal ended a run after a saved step
 ├── EvaluationError     vectors or candidates that cannot be scored
+├── StudyError          runs of a study failed, or its results are of other settings
 ├── SearchError         an index is damaged or was made by another model
 └── MissingExtra        an optional package is not installed
 
@@ -73,6 +74,10 @@ class Stopped(TrainingError):
 
 class EvaluationError(ComatchError):
     """Vectors or candidates cannot be scored."""
+
+
+class StudyError(ComatchError):
+    """Runs of a study failed, or its results are of other settings."""
 
 
 class SearchError(ComatchError):

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import ValidationError
 
@@ -25,6 +25,7 @@ from comatch.recipe import Recipe, Stage, check_vectors
 from comatch.recipes import load_recipe
 
 Origins = Mapping[Key, str]
+P = TypeVar("P", bound=Part)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -38,20 +39,36 @@ def resolve(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig,
     Origins look like {("seed",): "run.yaml:9", ("adapter", "r"): "command line"}; a key that is missing there
     has its default.
     """
+    data, origins = read_data(path, overrides)
+    return check_run(data, origins, str(path)), origins
+
+
+def read_data(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], dict[Key, str]]:
+    """The mapping in YAML file `path` with overrides on top, unchecked, and where each value came from. Raises ConfigError."""
     data, lines = plain_yaml.parse(_read(Path(path)), str(path))
     if not isinstance(data, dict):
-        raise ConfigError(f"{path} holds {show(data)}; a run is a mapping that starts with `name: ...`")
+        raise ConfigError(f"{path} holds {show(data)}; expected a mapping that starts with `name: ...`")
     origins = {key: f"{path}:{line}" for key, line in lines.items()}
     for override in overrides:
         _apply(override, data, origins)
+    return data, origins
+
+
+def check_run(data: Mapping[str, Any], origins: Origins, source: str) -> RunConfig:
+    """The run that a mapping describes; `source` is where it came from. Raises ConfigError."""
     _check_stages(data, origins)
-    try:
-        config = RunConfig.model_validate(data)
-    except ValidationError as error:
-        problems = [_explain(problem, origins, str(path)) for problem in error.errors()]
-        raise ConfigError("\n".join(problems)) from None
+    config = check_part(RunConfig, data, origins, source)
     _check_idle(config, origins)
-    return config, origins
+    return config
+
+
+def check_part(part: type[P], data: Mapping[str, Any], origins: Origins, source: str) -> P:
+    """A mapping as a part of a config. Raises ConfigError with the line and the nearest known name of whatever does not fit."""
+    try:
+        return part.model_validate(data)
+    except ValidationError as error:
+        problems = [_explain(part, problem, origins, source) for problem in error.errors()]
+        raise ConfigError("\n".join(problems)) from None
 
 
 def dump(config: RunConfig) -> str:
@@ -146,35 +163,43 @@ def _read(path: Path) -> str:
 def _apply(override: str, data: dict[str, Any], origins: dict[Key, str]) -> None:
     """Put one `key.sub=value` into `data`, and note it in `origins`."""
     name, equals, text = override.partition("=")
-    parts = name.strip().split(".")
-    if not equals or not all(parts):
+    if not equals or not all(name.strip().split(".")):
         raise ConfigError(f"override {override!r} is not of the form key=value, as in seed=1 or adapter.r=8")
     value, inner = plain_yaml.parse(text, f"override {override!r}")
+    put(data, origins, name.strip(), value, "command line", inner)
+
+
+def put(data: dict[str, Any], origins: dict[Key, str], name: str, value: Any, source: str, inner: Iterable[Key] = ()) -> None:
+    """Put a value at the dotted place `name` of nested data, and note that it, with its keys `inner`, came from `source`.
+
+    Raises ConfigError where something that has no parts stands in the way.
+    """
+    parts = name.split(".")
     place = data
     for depth, part in enumerate(parts[:-1], 1):
-        origins.setdefault(tuple(parts[:depth]), "command line")
+        origins.setdefault(tuple(parts[:depth]), source)
         if place.get(part) is None:
             place[part] = {}
         if not isinstance(place[part], dict):
             whole = f"{_dotted(tuple(parts[:depth]))} is {show(place[part])}"
-            raise ConfigError(f"override {override!r}: {whole}, which has no parts to set")
+            raise ConfigError(f"{source}, {name!r}: {whole}, which has no parts to set")
         place = place[part]
     place[parts[-1]] = value
     path: Key = tuple(parts)
     for stale in [key for key in origins if key[: len(path)] == path]:
         del origins[stale]
-    origins.update({(*path, *key): "command line" for key in ((), *inner)})
+    origins.update({(*path, *key): source for key in ((), *inner)})
 
 
 # Explaining what pydantic refused
 
 
-def _explain(problem: Mapping[str, Any], origins: Origins, source: str) -> str:
+def _explain(root: type[Part], problem: Mapping[str, Any], origins: Origins, source: str) -> str:
     loc: Key = tuple(step for step in problem["loc"] if step != "[key]")
     where = _origin(loc, origins, source)
     if problem["type"] == "extra_forbidden":
-        allowed = list(_fields(loc[:-1]))
-        hint = f"{_nearest_key(str(loc[-1]), allowed)}allowed here: {', '.join(allowed)}"
+        allowed = list(_fields(root, loc[:-1]))
+        hint = f"{_nearest_key(root, str(loc[-1]), allowed)}allowed here: {', '.join(allowed)}"
         return f"{where}: unknown key {_dotted(loc)!r}; {hint}"
     if problem["type"] == "missing" and isinstance(loc[-1], str):
         return f"{where}: {_dotted(loc)} is missing; add it to {source} or give {_dotted(loc)}=..."
@@ -196,9 +221,8 @@ def _inner(annotation: Any) -> Any:
     return next((_inner(arg) for arg in get_args(annotation) if arg is not type(None)), annotation)
 
 
-def _fields(loc: Key) -> Mapping[str, Any]:
-    """The fields of the part at `loc`, as pydantic knows them."""
-    part: type[Part] = RunConfig
+def _fields(part: type[Part], loc: Key) -> Mapping[str, Any]:
+    """The fields of the part at `loc` within a part, as pydantic knows them."""
     steps = iter(loc)
     for step in steps:
         annotation = part.model_fields[str(step)].annotation
@@ -208,7 +232,7 @@ def _fields(loc: Key) -> Mapping[str, Any]:
     return part.model_fields
 
 
-def _all_keys(part: type[Part] = RunConfig, prefix: str = "") -> Iterator[str]:
+def _all_keys(part: type[Part], prefix: str = "") -> Iterator[str]:
     for name, field in part.model_fields.items():
         yield prefix + name
         inner = _inner(field.annotation)
@@ -216,9 +240,9 @@ def _all_keys(part: type[Part] = RunConfig, prefix: str = "") -> Iterator[str]:
             yield from _all_keys(inner, f"{prefix}{name}.{'STAGE.' if name == 'stages' else 'NAME.' if name == 'mixture' else ''}")
 
 
-def _nearest_key(key: str, allowed: Sequence[str]) -> str:
+def _nearest_key(root: type[Part], key: str, allowed: Sequence[str]) -> str:
     """The nearest key here, or else keys of that name in other places."""
-    elsewhere = [name for name in _all_keys() if name.split(".")[-1] == key]
+    elsewhere = [name for name in _all_keys(root) if name.split(".")[-1] == key]
     return _nearest(key, allowed) or "".join(f"did you mean {name!r}? " for name in elsewhere)
 
 

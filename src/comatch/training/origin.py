@@ -90,6 +90,11 @@ def changed_settings(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any
     return {name: (a.get(name), b.get(name)) for name in _differing(a, b)}
 
 
+def deciding(config: RunConfig) -> dict[str, Any]:
+    """{dotted name: value} of the settings that decide a run's result, up to rounding."""
+    return {name: value for name, value in _flat(config.model_dump(mode="json")) if _class(name) == "result"}
+
+
 def data_digests(config: RunConfig) -> dict[str, str]:
     """A digest of the content of every file of data that a run reads, and of guides; pictures beside a table are not among them.
 

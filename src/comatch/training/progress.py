@@ -22,7 +22,7 @@ from comatch.errors import TrainingError
 from comatch.training.loader import Quarantine
 from comatch.training.step import StepResult
 
-_SUMS = ("loss", "accuracy", "items", "tokens", "filled", "slots", "flop", "count")
+_SUMS = ("loss", "accuracy", "items", "tokens", "filled", "slots", "count")
 
 
 class _Stderr(Console):
@@ -68,21 +68,23 @@ class Reporter:
         return self
 
     def state(self) -> dict[str, Any]:
-        """What has been added up since the last line."""
-        return {name: getattr(self, name) for name in (*_SUMS, "parts")}
+        """What has been added up since the last line; every process must call this."""
+        return {**{name: getattr(self, name) for name in (*_SUMS, "parts")}, "flops": gather_object([self.flop])}
 
     def restore(self, step: int, state: Mapping[str, Any]) -> None:
         """Go on after `step` steps with such sums."""
         for name in _SUMS:
             setattr(self, name, state.get(name, 0))
         self.parts = dict(state.get("parts", {}))
+        flops, ranks = state.get("flops", [0.0]), self.accelerator.num_processes
+        self.flop = flops[self.accelerator.process_index] if len(flops) == ranks else sum(flops) / ranks
         self.bar.update(self.task, completed=step)
 
     def step(self, step: int, result: StepResult, norm: float, rate: float, account: Quarantine, seconds: float, flop: float = 0.0) -> None:
         """Count one optimiser step; every few of them, write their mean loss and the account of the data of all ranks so far.
 
-        flop: useful work of this rank (core/flops.py). In the line, fill is the share of this rank's places that are no padding, imbalance
-        the work of the rank with the most over the mean.
+        flop: useful work of this rank (core/flops.py). In the line, items, tokens and tflop are all ranks' since the line before, fill is
+        the share of this rank's places that are no padding, imbalance the work of the rank with the most over the mean.
         """
         ranks = self.accelerator.num_processes
         self.spent += seconds
@@ -110,6 +112,10 @@ class Reporter:
             "gradient_norm": norm,
             "lr": rate,
             **({} if result.temperature is None else {"temperature": result.temperature, "repeated": result.repeated}),
+            "items": self.items,
+            "tokens": self.tokens,
+            "tflop": sum(flops) / 1e12,
+            "seconds": wall,
             "items_per_second": self.items / wall,
             "tokens_per_second": self.tokens / wall,
             "fill": self.filled / max(1, self.slots),

@@ -1,0 +1,75 @@
+"""What an ablation file may say: a base run, arms that differ from it, seeds, and what is measured."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from comatch.config.part import Part
+
+
+class MeasureConfig(Part):
+    """What is measured of every finished run."""
+
+    suite: Literal["scenes", "emoji"] = "scenes"
+    """Ranking tasks of `comatch evaluate`."""
+    data: str | None = None
+    """The emoji table, a Parquet file."""
+    split: Literal["dev", "test"] = "test"
+    n: int = Field(default=200, ge=1)
+    """Test scenes."""
+    candidates: int = Field(default=1000, ge=1)
+    """Scenes that retrieval ranks."""
+    seed: int = Field(default=0, ge=0)
+    """Of the test scenes."""
+    tokens: int = Field(default=0, ge=0)
+    """Pictures on which the similarity of compression tokens is measured, after each stage; 0 leaves it out."""
+    carried: int = Field(default=0, ge=0)
+    """Rows on which it is measured how much readers of the compression tokens lose with another's picture, after each stage that has such;
+    0 leaves it out."""
+    answers: int = Field(default=0, ge=0)
+    """Questions that are answered from the compression tokens alone, after each stage; 0 leaves it out."""
+
+    @model_validator(mode="after")
+    def _fits_suite(self) -> MeasureConfig:
+        if self.suite == "emoji":
+            self.refuse_changed(("n", "candidates", "seed"), "has no effect on emoji; remove it")
+            if self.data is None:
+                raise ValueError("suite 'emoji' needs data, the path of its table")
+        else:
+            self.refuse_changed(("data",), "has no effect on scenes, which are generated; remove it")
+            if self.candidates < self.n:
+                raise ValueError(f"candidates is {self.candidates}; it must be at least n, {self.n}")
+        return self
+
+
+class AblateConfig(Part):
+    """Arms times grid times seeds. Settings are written with dots, as on the command line: `stages.match.steps: 100`."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """The study's name; it becomes a folder name."""
+    question: str = ""
+    """What the study is to answer; it heads the report."""
+    base: str = Field(min_length=1)
+    """The run that all arms begin from: a run's YAML file, beside this one or below."""
+    settings: dict[str, Any] = Field(default={})
+    """Settings of all arms, on top of the base."""
+    arms: dict[str, dict[str, Any]] = Field(default={})
+    """Settings of each arm, by a name of your own. `recipe.` goes into the recipe: `recipe.stages.compress.supervise: dialogue`."""
+    grid: dict[str, list[Any]] = Field(default={})
+    """Values of settings that are tried in all combinations, with every arm."""
+    seeds: int = Field(default=5, ge=1)
+    """Each arm is run with the seeds 0, 1 ..."""
+    baseline: str | None = None
+    """The arm that others are compared with, seed by seed and at the same point of the grid, or one point of it by its whole name, as in
+    `coma, tokens=8`; None compares nothing."""
+    measure: MeasureConfig = MeasureConfig()
+
+    @model_validator(mode="after")
+    def _something_differs(self) -> AblateConfig:
+        if not self.arms and not self.grid:
+            raise ValueError("neither arms nor grid is given, so nothing differs; name at least one arm, or a setting and its values")
+        if empty := [key for key, values in self.grid.items() if not values]:
+            raise ValueError(f"grid: {empty} have no values; give at least one each")
+        return self
