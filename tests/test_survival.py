@@ -224,7 +224,7 @@ def test_a_bridge_can_be_asked_in_another_recipes_words(folder_of: Folders) -> N
 def test_questions_are_true_of_their_scene_and_of_every_kind() -> None:
     assert [question.kinds[0] for question in QUESTIONS[:9]] == list(KINDS)
     assert scene_questions(27) == QUESTIONS and scene_questions(27, seed=1) != QUESTIONS
-    assert len(scene_questions(28)) == 36
+    assert len(scene_questions(28)) == 36 and len(scene_questions(1)) == 18
     for i in range(40):
         one = scene(0, i, "test")
         for thing in one.things:
