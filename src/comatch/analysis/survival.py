@@ -25,7 +25,7 @@ from comatch.recipe import Recipe, Stage
 
 @dataclass(frozen=True)
 class Question:
-    """A question with one true answer. kinds: the rows of the table in which it counts, such as ("colour", "small object")."""
+    """A question with one true answer. kinds: the rows of the table in which it counts, its kind first: ("colour", "small object")."""
 
     context: Message
     question: str
@@ -40,7 +40,7 @@ class Kept:
     kept        from the item's compression tokens alone
     looking     from these and the context: the ceiling
     another     from the compression tokens of another item: what the question alone gives away
-    commonest   by always saying the commonest answer of the kind
+    commonest   by always saying the commonest answer of the question's first kind
     """
 
     n: int
@@ -105,12 +105,13 @@ def survival(
     truth, kinds = [question.answer for question in questions], [question.kinds for question in questions]
     kept, seen, guessed = (accuracy(words, truth, kinds) for words in (said, said_looking, said_another))
     common = _commonest(truth, kinds)
+    rows = ["all", *dict.fromkeys(names[0] for names in kinds), *sorted({name for names in kinds for name in names[1:]})]
     return Survival(
         recipe=encoder.recipe.name,
         stage=stage.name,
         tokens=encoder.recipe.tokens,
         trained_looking=stage.visibility.sees("dialogue", "context"),
-        by_kind={kind: Kept(n, share, seen[kind][0], guessed[kind][0], common[kind]) for kind, (share, n) in kept.items()},
+        by_kind={kind: Kept(kept[kind][1], kept[kind][0], seen[kind][0], guessed[kind][0], common[kind]) for kind in dict.fromkeys(rows)},
         questions=tuple(questions),
         said=tuple(said),
         said_looking=tuple(said_looking),
@@ -157,12 +158,10 @@ def _others(contexts: Sequence[Message], seed: int) -> list[Message]:
 
 
 def _commonest(truth: Sequence[str], kinds: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Share of each kind's commonest answer; of "all", where each question is answered by the commonest of its first kind."""
-    answers: dict[str, Counter[str]] = defaultdict(Counter)
+    """The best that one answer to all questions of a first kind can do, within each row of the table."""
+    answers: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
     for true, names in zip(truth, kinds, strict=True):
-        for name in names:
-            answers[name][true] += 1
-    first = {names[0] for names in kinds}
-    best = {kind: counts.most_common(1)[0][1] for kind, counts in answers.items()}
-    shares = {kind: best[kind] / counts.total() for kind, counts in answers.items()}
-    return shares | {"all": sum(best[kind] for kind in first) / len(truth)}
+        for name in ("all", *names):
+            answers[name][names[0]][true] += 1
+    rows = {name: list(by_first.values()) for name, by_first in answers.items()}
+    return {name: sum(max(row.values()) for row in parts) / sum(row.total() for row in parts) for name, parts in rows.items()}
