@@ -50,7 +50,7 @@ def test_the_bottleneck_holds_in_every_layer_and_head(folder_of: Folders, family
     assert report.ok and report.faults == () and report.declared
     text = encoder.backbone.text.config
     assert report.leak.shape == (text.num_hidden_layers, text.num_attention_heads)
-    assert (report.leak == 0).all() and report.leaked == 0
+    assert (report.leak == 0).all() and report.leaked == 0 and report.shortcut == 0
     assert report.gradient > 0 and report.gradient_cut == 0
     np.testing.assert_allclose(report.mass.sum(-1), 1, atol=1e-5)
     seen = report.mass.min((0, 1)) > 0
@@ -79,6 +79,8 @@ def test_a_bridge_is_checked_by_the_text_it_rebuilds(folder_of: Folders, recipe:
     table = encoder.recipe.stage("bridge").visibility.table
     assert seen.tolist() == [[letter != "." for letter in row] for row in table]
     assert report.mass[:, :, 2, 0].max() == 0 and report.gradient > 0 and report.gradient_cut == 0
+    assert (report.shortcut > 0) == (recipe == "cocoa"), "the paper's bridge sees what it is to rebuild"
+    assert json.loads(json.dumps(report.to_dict()))["shortcut"] == report.shortcut
 
 
 def test_a_bridge_that_shows_the_picture_is_found(folder_of: Folders, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,15 @@ class MaskReport:
     @property
     def leaked(self) -> float:
         """Mean share of the reader's attention that goes to what should be hidden, over layers and heads."""
-        return float(self.mass[:, :, self.roles.index(self.bottleneck.reader), self.roles.index(self.bottleneck.hidden)].mean())
+        return self._share(self.bottleneck.reader, self.bottleneck.hidden)
+
+    @property
+    def shortcut(self) -> float:
+        """Mean share of attention that the bottleneck gives to its reader; above 0, this can tell itself what it is to learn.
+
+        No fault of the mask: the bridge of CoCoA's paper is drawn like that (specs/cocoa.md section 2).
+        """
+        return self._share(self.bottleneck.through, self.bottleneck.reader)
 
     @property
     def faults(self) -> tuple[str, ...]:
@@ -91,7 +99,10 @@ class MaskReport:
             "mass": self.mass.tolist(),
             "roles": list(self.roles),
         }
-        return plain | {"ok": self.ok, "leaked": self.leaked, "faults": list(self.faults)}
+        return plain | {"ok": self.ok, "leaked": self.leaked, "shortcut": self.shortcut, "faults": list(self.faults)}
+
+    def _share(self, query: str, key: str) -> float:
+        return float(self.mass[:, :, self.roles.index(query), self.roles.index(key)].mean())
 
 
 def dialogue_stage(recipe: Recipe) -> Stage | None:

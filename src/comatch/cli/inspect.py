@@ -131,9 +131,13 @@ def _mask_lines(report: MaskReport) -> list[str]:
     lines = [f"  mask       stage {report.stage}, {layers} layers of {heads} heads, {report.dialogues} dialogues: bottleneck {state}"]
     if report.ok:
         lines.append(
-            f"             {b.reader} attends to {b.hidden} with weight 0; the answers' gradient to the picture is {report.gradient:.2g},"
+            f"             {b.reader} attends to {b.hidden} with weight 0; its loss has gradient {report.gradient:.2g} at the picture,"
         )
         lines.append(f"             and 0 once {b.through} is cut out")
+    if report.shortcut:
+        lines.append(
+            f"             but {b.through} gives {report.shortcut:.0%} of its attention to {b.reader}, which can so tell itself"
+        )
     lines += [f"             {fault}" for fault in report.faults]
     for role, row in zip(report.roles, report.mass.mean((0, 1)), strict=True):
         shares = ", ".join(f"{other} {share:.0%}" for other, share in zip(report.roles, row, strict=True) if share > 0)
