@@ -10,11 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import comatch.backbones.base as base
-from comatch.analysis.masks import attending, attention_weights, dialogue_stage, mask_check
+from comatch.analysis.alignment import aligned
+from comatch.analysis.masks import attending, attention_weights, dialogue_stage, mask_check, promising_stage
+from comatch.analysis.probes import scene_probes
 from comatch.analysis.projection import pca
 from comatch.analysis.redundancy import LIMIT, effective_rank, redundancy, states
+from comatch.analysis.survival import scene_questions, survival
 from comatch.backbones import attention
 from comatch.cli import build
 from comatch.content import Dialogue, as_message
@@ -46,7 +50,7 @@ def test_the_bottleneck_holds_in_every_layer_and_head(folder_of: Folders, family
     assert report.ok and report.faults == () and report.declared
     text = encoder.backbone.text.config
     assert report.leak.shape == (text.num_hidden_layers, text.num_attention_heads)
-    assert (report.leak == 0).all() and report.leaked == 0
+    assert (report.leak == 0).all() and report.leaked == 0 and report.shortcut == 0
     assert report.gradient > 0 and report.gradient_cut == 0
     np.testing.assert_allclose(report.mass.sum(-1), 1, atol=1e-5)
     seen = report.mass.min((0, 1)) > 0
@@ -64,6 +68,28 @@ def test_a_recipe_without_bottleneck_leaks_and_the_amount_is_told(folder_of: Fol
     assert report.leaked == pytest.approx(report.mass[:, :, 2, 0].mean()) and report.leaked > 0.01
     assert len(report.faults) == 2 and f"{report.leaked:.1%}" in report.faults[0]
     assert json.loads(json.dumps(report.to_dict()))["leaked"] == report.leaked
+
+
+@pytest.mark.parametrize("recipe", ["cocoa", "cocoa-sealed", "cocoa-strict"])
+def test_a_bridge_is_checked_by_the_text_it_rebuilds(folder_of: Folders, recipe: str) -> None:
+    encoder = load(folder_of, "qwen2_5_vl", recipe, 1)
+    report = mask_check(encoder, DIALOGUES[:3])
+    assert report.ok and report.stage == "bridge" and report.bottleneck.reader == "target"
+    seen = report.mass.min((0, 1)) > 0
+    table = encoder.recipe.stage("bridge").visibility.table
+    assert seen.tolist() == [[letter != "." for letter in row] for row in table]
+    assert report.mass[:, :, 2, 0].max() == 0 and report.gradient > 0 and report.gradient_cut == 0
+    assert (report.shortcut > 0) == (recipe == "cocoa"), "the paper's bridge sees what it is to rebuild"
+    assert json.loads(json.dumps(report.to_dict()))["shortcut"] == report.shortcut
+
+
+def test_a_bridge_that_shows_the_picture_is_found(folder_of: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = base.dense
+    open_ = Visibility(("context", "compression", "target"), ("ff.", "ff.", "fff"))
+    monkeypatch.setattr(base, "dense", lambda roles, rows, *_: right(roles, rows, open_))
+    monkeypatch.setattr(base.Backbone, "dense_mask", True)
+    report = mask_check(load(folder_of, "qwen2_5_vl", "cocoa-sealed", 1), DIALOGUES[:2])
+    assert not report.ok and (report.leak > 0).all() and report.gradient_cut > 0
 
 
 def test_a_wrong_mask_is_found(folder_of: Folders, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +168,9 @@ def test_the_report_does_not_depend_on_packing(folder_of: Folders, family: str, 
 
 
 def test_what_cannot_be_checked_says_so(folder_of: Folders) -> None:
-    assert dialogue_stage(load_recipe("matching")) is None
+    assert dialogue_stage(load_recipe("matching")) is None and dialogue_stage(load_recipe("cocoa")) is None
+    assert promising_stage(load_recipe("matching")) is None and promising_stage(load_recipe("vlm")) is None
+    assert promising_stage(load_recipe("coma-released")) == dialogue_stage(load_recipe("coma-released")) is not None
     with pytest.raises(RecipeError, match="no bottleneck to check"):
         mask_check(load(folder_of, "qwen2_vl", "matching"), DIALOGUES)
     encoder = load(folder_of, "qwen2_vl")
@@ -251,8 +279,6 @@ def test_pca_of_a_single_point_and_of_one_dimension() -> None:
 
 
 def inspect(*args: str) -> tuple[int, str, str]:
-    from typer.testing import CliRunner
-
     result = CliRunner().invoke(build(), ["inspect", *args])
     return result.exit_code, result.stdout, str(result.exception or "")
 
@@ -284,8 +310,39 @@ def test_inspect_of_a_run_folder_sees_every_stage_as_the_library_does(folder_of:
     assert found["stages"][1]["redundancy"] == redundancy(encoder, [d.context for d in DIALOGUES[:4]]).to_dict()
     assert found["stages"][0]["redundancy"] != found["stages"][1]["redundancy"]
     assert found["stages"][0]["mask"]["ok"] and all(Path(path).is_file() for path in found["pictures"])
+    pairs = [(dialogue.context, row.caption(0)) for dialogue, row in zip(DIALOGUES[:4], SCENES.rows, strict=False)]
+    assert found["stages"][1]["alignment"] == aligned(encoder, pairs).to_dict()
+    assert found["stages"][1]["survival"] is None and found["stages"][1]["probes"] is None
     (run / "manifest.json").write_text(json.dumps({"status": "running", "done": []}))
     assert "no finished stage" in inspect(str(run))[2]
+
+
+def test_inspect_shows_the_base_first_and_what_is_asked_for(folder_of: Folders, tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    encoder = load(folder_of, "qwen2_5_vl")
+    encoder.backbone.rows.data += 0.1
+    encoder.save(run / "compress")
+    record = {"status": "running", "done": ["compress"], "config": {"model": str(folder_of("qwen2_5_vl"))}}
+    (run / "manifest.json").write_text(json.dumps(record))
+    code, told, _ = inspect(str(run), "--json", "--n", "4", "--answers", "18", "--probes", "200", "--out", str(out))
+    stages = json.loads(told)["stages"]
+    assert code == 0 and [stage["name"] for stage in stages] == ["base", "compress"]
+    assert stages[1]["survival"] == survival(encoder, scene_questions(18)).to_dict()
+    assert stages[1]["probes"] == {kind: one.to_dict() for kind, one in scene_probes(encoder, 200, unseen=50).items()}
+    assert stages[0]["redundancy"] == redundancy(load(folder_of, "qwen2_5_vl"), [d.context for d in DIALOGUES[:4]]).to_dict()
+    assert stages[0]["alignment"] != stages[1]["alignment"] and stages[0]["mask"] != stages[1]["mask"]
+    kinds = sorted(f"{stage}-{kind}.png" for stage in ("base", "compress") for kind in ("attention", "mask", "tokens"))
+    assert sorted(path.name for path in out.iterdir()) == sorted(["answers.png", *kinds, "probes.png", "vectors.png"])
+    (run / "manifest.json").write_text(json.dumps(record | {"config": {"model": str(tmp_path / "gone")}}))
+    result = CliRunner().invoke(build(), ["inspect", str(run), "--n", "3", "--answers", "9", "--out", str(out)])
+    assert result.exit_code == 0 and "is left out" in result.stderr
+    assert "small object" in result.stdout and "base (recipe" not in result.stdout
+
+
+def test_inspect_of_recipes_that_never_spoke_tells_the_next_step(folder_of: Folders, tmp_path: Path) -> None:
+    code, told, _ = inspect(str(folder_of("qwen2_5_vl")), "--recipe", "moca", "--n", "2", "--answers", "9", "--out", str(tmp_path))
+    assert code == 0 and "never learned to answer" in told and "--probes" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["vectors.png"]
 
 
 def test_inspect_fails_on_a_broken_promise(folder_of: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,12 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from comatch.analysis import figures
+from comatch.analysis import figures, levels
 from comatch.analysis.masks import mask_check
+from comatch.analysis.probes import Probe
 from comatch.analysis.projection import pca
 from comatch.analysis.redundancy import redundancy
+from comatch.analysis.survival import scene_questions, survival
 from comatch.data.sources import open_source
 from comatch.encoder import Encoder
 from comatch.errors import EvaluationError, MissingExtra
@@ -41,6 +43,7 @@ def drawn(folder_of: Folders) -> dict[str, Figure]:
         "projection": figures.projection(pca([vectors, -vectors]), ["before", odd], [list("abababab"), [odd] * 8]),
         "losses": figures.losses({"coma": rows, odd: rows[:40]}),
         "scores": figures.scores({"coma": {"a": (0.5, 0.4, 0.6), "b": 0.3}, odd: {"a": 0.2}}, chance={"a": 0.1}),
+        "levels": levels.survived({name: survival(encoder, scene_questions(18), longest=2) for name in ("coma", odd)}),
         "searches": figures.searches(
             [
                 figures.Search(odd, [(ITEMS[0], 0.9, True), (ITEMS[1], 0.8, False), (ITEMS[-1], 0.7, None)]),
@@ -65,9 +68,19 @@ def test_figures_are_readable_pngs_and_the_same_every_time(folder_of: Folders, t
 
 def test_any_name_stands_in_the_legend(folder_of: Folders) -> None:
     found = drawn(folder_of)
-    for name in ("projection", "losses", "scores"):
+    for name in ("projection", "losses", "scores", "levels"):
         texts = [text.get_text() for legend in found[name].legends for text in legend.get_texts()]
         assert "_$odd$ $\\frac{" in texts, name
+
+
+def test_levels_stand_where_their_values_are() -> None:
+    figure = levels.levels({"x": {"a": (0.5, 0.75, 0.25), "b": (0.0, 1.0, 0.5)}}, ("", "most", "least"), title="t", label="l")
+    bars = [bar.get_height() for bar in figure.axes[0].patches]
+    marks = [line.get_ydata().tolist() for line in figure.axes[0].lines if len(line.get_ydata())]
+    assert bars == [0.5, 0.0] and marks == [[0.75, 1.0], [0.25, 0.5]]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["x", "most", "least"]
+    probed = levels.probed({"x": {"a": Probe(0.5, 0.25, 4)}})
+    assert probed.axes[0].lines[0].get_ydata().tolist() == [0.25]
 
 
 def test_a_missing_score_is_told_and_a_zero_is_a_zero() -> None:
@@ -95,6 +108,9 @@ def test_figures_refuse_what_says_nothing() -> None:
     for draw in (lambda: figures.losses({"x": []}), lambda: figures.scores({}), lambda: figures.searches([])):
         with pytest.raises(EvaluationError, match="pass"):
             draw()
+    for table in ({}, {"x": {}}, {"x": {"a": (0.5,)}}, {"x": {"a": (0.5, 0.2)}, "y": {"b": (0.5, 0.2)}}):
+        with pytest.raises(EvaluationError, match="models"):
+            levels.levels(table, ("", "most"), title="t", label="l")
     cloud = pca([np.eye(3)])
     with pytest.raises(EvaluationError, match="clouds of \\[3\\] points"):
         figures.projection(cloud, ["x"], [["a"]])

@@ -179,8 +179,8 @@ def projection(points: Projection, titles: Sequence[str], labels: Sequence[Seque
             )
             for i, mine in enumerate(classes)
         ]
-        axes.set(title=title, xlabel=f"component 1 ({points.explained[0]:.0%} of variance)")
-    panels[0].set_ylabel(f"component 2 ({points.explained[1]:.0%} of variance)")
+        axes.set(title=title, xlabel=_axis(points, 0))
+    panels[0].set_ylabel(_axis(points, 1))
     legend(figure, dots, classes, loc="outside lower center", ncols=2 * len(counts))
     return figure
 
@@ -329,6 +329,10 @@ def _show(axes: Axes, item: Any, letters: int) -> None:
     picture.thumbnail((256, 256))
     axes.imshow(np.asarray(picture), interpolation="nearest")
     axes.text(0.5, -0.04, va="top", **text)
+
+
+def _axis(points: Projection, i: int) -> str:
+    return f"component {i + 1} ({points.explained[i]:.0%} of variance)" if points.explained else f"UMAP {i + 1}"
 
 
 def _estimate(value: float | Estimate) -> Estimate:

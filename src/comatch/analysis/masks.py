@@ -18,8 +18,8 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from comatch.backbones.base import Backbone, Vision
-from comatch.content import Dialogue
-from comatch.core.batch import IGNORE, ROLE_ID, Batch
+from comatch.content import Dialogue, Message, Text
+from comatch.core.batch import IGNORE, ROLE_ID, Batch, Example
 from comatch.core.packing import budget, collate
 from comatch.encoder import Encoder
 from comatch.errors import ContentError, RecipeError
@@ -64,7 +64,15 @@ class MaskReport:
     @property
     def leaked(self) -> float:
         """Mean share of the reader's attention that goes to what should be hidden, over layers and heads."""
-        return float(self.mass[:, :, self.roles.index(self.bottleneck.reader), self.roles.index(self.bottleneck.hidden)].mean())
+        return self._share(self.bottleneck.reader, self.bottleneck.hidden)
+
+    @property
+    def shortcut(self) -> float:
+        """Mean share of attention that the bottleneck gives to its reader; above 0, this can tell itself what it is to learn.
+
+        No fault of the mask: the bridge of CoCoA's paper is drawn like that (specs/cocoa.md section 2).
+        """
+        return self._share(self.bottleneck.through, self.bottleneck.reader)
 
     @property
     def faults(self) -> tuple[str, ...]:
@@ -91,34 +99,50 @@ class MaskReport:
             "mass": self.mass.tolist(),
             "roles": list(self.roles),
         }
-        return plain | {"ok": self.ok, "leaked": self.leaked, "faults": list(self.faults)}
+        return plain | {"ok": self.ok, "leaked": self.leaked, "shortcut": self.shortcut, "faults": list(self.faults)}
+
+    def _share(self, query: str, key: str) -> float:
+        return float(self.mass[:, :, self.roles.index(query), self.roles.index(key)].mean())
 
 
 def dialogue_stage(recipe: Recipe) -> Stage | None:
-    """The stage to check: the one with a bottleneck, else one with a dialogue after compression tokens, else None."""
-    for stage in recipe.stages:
-        if stage.bottleneck is not None:
-            return stage
-    return next((s for s in recipe.stages if {"context", "compression", "dialogue"} <= set(s.visibility.roles)), None)
+    """The stage that answers questions after compression tokens: the first with a bottleneck, else the first; None where none does."""
+    able = [stage for stage in recipe.stages if {"context", "compression", "dialogue"} <= set(stage.visibility.roles)]
+    return next((stage for stage in able if stage.bottleneck), next(iter(able), None))
+
+
+def promising_stage(recipe: Recipe) -> Stage | None:
+    """The stage to check: the first that promises a bottleneck, of dialogues or of texts to rebuild, else `dialogue_stage`."""
+    return next((stage for stage in recipe.stages if stage.bottleneck), dialogue_stage(recipe))
+
+
+def shown(encoder: Encoder, dialogue: Dialogue, stage: Stage, seed: int = 0) -> Example:
+    """A dialogue as a stage sees it in training; where the stage rebuilds a text, that is all that is said in the dialogue."""
+    if stage.tells != "pair":
+        return encoder.preparer.dialogue(dialogue, stage, seed)
+    told = Message((Text("\n".join(f"{question} {answer}" for question, answer in dialogue.turns)),))
+    return encoder.preparer.pair(dialogue.context, told, stage, seed)
 
 
 def mask_check(encoder: Encoder, dialogues: Sequence[Dialogue]) -> MaskReport:
     """Run the stage with the bottleneck over dialogues about pictures, and report what attends to what and where gradients flow.
 
+    A stage that rebuilds a text through the bottleneck (CoCoA's bridge) is given what the dialogue says as that text.
+
     Weights stay as they are. Raises RecipeError where the recipe has no such stage, ContentError where a
     dialogue shows no picture.
     """
-    stage = dialogue_stage(encoder.recipe)
+    stage = promising_stage(encoder.recipe)
     if stage is None:
         raise RecipeError(
-            f"recipe {encoder.recipe.name!r} has no stage with the roles context, compression and dialogue, so no bottleneck to check; "
-            "try a model of the recipe coma"
+            f"recipe {encoder.recipe.name!r} has no stage that promises a bottleneck or answers after compression tokens, so no bottleneck "
+            "to check; try a model of the recipe coma"
         )
     blind = [i for i, dialogue in enumerate(dialogues) if not dialogue.context.images]
     if blind or not dialogues:
         raise ContentError(f"the mask check needs dialogues about pictures; got {len(dialogues)}, without a picture: {blind[:10]}")
     promise = stage.bottleneck or Bottleneck()
-    examples = [encoder.preparer.dialogue(dialogue, stage) for dialogue in dialogues]
+    examples = [shown(encoder, dialogue, stage, seed) for seed, dialogue in enumerate(dialogues)]
     watch = _Watch(stage.visibility.roles, promise)
     free: list[float] = []
     cut: list[float] = []

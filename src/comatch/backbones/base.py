@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from tokenizers import AddedToken
 from torch import nn
+from transformers import Cache
 
 from comatch.backbones.attention import TEXT, VISION, warn_once
 from comatch.backbones.folder import read_model, read_processor, read_tokenizer
@@ -178,12 +179,17 @@ class Backbone(nn.Module):
         return [json.dumps(settings), self.vision_tower.config.to_json_string()]
 
     def forward(
-        self, batch: Batch, visibility: Visibility, vision: Vision | None = None, read: torch.Tensor | None = None
+        self,
+        batch: Batch,
+        visibility: Visibility,
+        vision: Vision | None = None,
+        read: torch.Tensor | None = None,
+        cache: Cache | None = None,
     ) -> torch.Tensor:
         """Hidden states after the final norm: [rows, seq, dim].
 
         vision: features from `see`, computed here where not given. read: bool [rows, seq], where the states are read; those elsewhere are
-        then not computed to the end and unusable. None is everywhere.
+        then not computed to the end and unusable. None is everywhere. cache: an empty one, which takes the keys and values of all places.
         """
         vision = vision if vision is not None else self._see(batch)
         states = self.embed(batch.ids)
@@ -198,7 +204,18 @@ class Backbone(nn.Module):
         # What may see what travels as an extra keyword down to our attention function; the stock mask code then builds no mask.
         extra |= self.visible(batch, visibility)
         with leaving_out(self.text.layers, batch, visibility, read):
-            out = self.text(inputs_embeds=states, position_ids=batch.positions, use_cache=False, **extra)
+            extra |= {"past_key_values": cache, "use_cache": cache is not None}
+            out = self.text(inputs_embeds=states, position_ids=batch.positions, **extra)
+        hidden: torch.Tensor = out.last_hidden_state
+        return hidden
+
+    def further(self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """Hidden states of text that goes on where `cache` ends, which takes in its keys and values: [rows, seq, dim].
+
+        ids, positions: [rows, seq] int64. mask: bool [rows, 1, seq, cached + seq], True where a query sees a key.
+        """
+        states, axes = self.embed(ids), positions.expand(3, *positions.shape)
+        out = self.text(inputs_embeds=states, position_ids=axes, past_key_values=cache, use_cache=True, visibility_mask=mask)
         hidden: torch.Tensor = out.last_hidden_state
         return hidden
 

@@ -111,25 +111,21 @@ def _refer(things: Things, thing: Thing, dice: Dice, *avoid: str) -> str:
     return _naming(thing, dice.pick(forms))
 
 
-def _ask_colour(things: Things, dice: Dice) -> tuple[str, str]:
-    thing = dice.pick(things)
+def _ask_colour(things: Things, dice: Dice, thing: Thing) -> tuple[str, str]:
     return f"what colour is {_refer(things, thing, dice, 'colour')}?", thing.colour
 
 
-def _ask_shape(things: Things, dice: Dice) -> tuple[str, str]:
-    thing = dice.pick(things)
+def _ask_shape(things: Things, dice: Dice, thing: Thing) -> tuple[str, str]:
     if dice.chance(50):
         return f"what shape is at the {thing.place}?", thing.shape
     return f"what shape is {_refer(things, thing, dice, 'shape')}?", thing.shape
 
 
-def _ask_size(things: Things, dice: Dice) -> tuple[str, str]:
-    thing = dice.pick(things)
+def _ask_size(things: Things, dice: Dice, thing: Thing) -> tuple[str, str]:
     return f"what size is {_refer(things, thing, dice, 'size')}?", thing.size
 
 
-def _ask_place(things: Things, dice: Dice) -> tuple[str, str]:
-    thing = dice.pick(things)
+def _ask_place(things: Things, dice: Dice, thing: Thing) -> tuple[str, str]:
     return f"where is {_refer(things, thing, dice, 'place')}?", thing.place
 
 
@@ -208,12 +204,24 @@ def _ask_exists(things: Things, dice: Dice) -> tuple[str, str]:
 
 
 _ASK: dict[str, Callable[[Things, Dice], tuple[str, str]]] = {
-    "colour": _ask_colour, "shape": _ask_shape, "size": _ask_size, "place": _ask_place,
     "relation": _ask_relation, "count": _ask_count, "text": _ask_text, "exists": _ask_exists,
 }  # fmt: skip
-KINDS: Final = (*_ASK, "background")
+_ASK_ABOUT: dict[str, Callable[[Things, Dice, Thing], tuple[str, str]]] = {
+    "colour": _ask_colour, "shape": _ask_shape, "size": _ask_size, "place": _ask_place,
+}  # fmt: skip
+ATTRIBUTES: Final = tuple(_ASK_ABOUT)
+KINDS: Final = (*ATTRIBUTES, *_ASK, "background")
 # What a picture carries most of is asked most: these four come twice as often as the rest.
 _DECK = (*KINDS, "colour", "shape", "text", "relation")
+
+
+def ask(background: str, things: Things, dice: Dice, kind: str, about: Thing | None = None) -> tuple[str, str]:
+    """One question of a kind of KINDS, and its answer. about: the object asked about, for ATTRIBUTES; None draws one."""
+    if kind == "background":
+        return dice.pick(("what colour is the background?", "what is the background?")), background
+    if kind in _ASK_ABOUT:
+        return _ASK_ABOUT[kind](things, dice, about or dice.pick(things))
+    return _ASK[kind](things, dice)
 
 
 def dialogue(background: str, things: Things, dice: Dice, turns: int) -> tuple[Turn, ...]:
@@ -223,12 +231,6 @@ def dialogue(background: str, things: Things, dice: Dice, turns: int) -> tuple[T
     while len(asked) < turns:
         deck = deck or dice.shuffled(_DECK)
         kind = deck.pop()
-        if kind == "background":
-            question, answer = (
-                dice.pick(("what colour is the background?", "what is the background?")),
-                background,
-            )
-        else:
-            question, answer = _ASK[kind](things, dice)
+        question, answer = ask(background, things, dice, kind)
         asked.setdefault(question, (answer, kind))
     return tuple((question, answer, kind) for question, (answer, kind) in asked.items())

@@ -109,6 +109,13 @@ class Scene:
         """One (question, answer, kind)."""
         return self.dialogue(seed, 1)[0]
 
+    def ask(self, kind: str, seed: int, about: Thing | None = None) -> tuple[str, str]:
+        """One (question, answer) of a kind of scene_text.KINDS; of an ATTRIBUTES kind, about one object of the scene if it is given."""
+        allowed = text.KINDS if about is None else text.ATTRIBUTES
+        if kind not in allowed or (about is not None and about not in self.things):
+            raise DataError(f"cannot ask {kind!r} about {about or 'a scene'}; allowed: {', '.join(allowed)}, about an object of the scene")
+        return text.ask(self.background, self.things, Dice("ask", kind, seed, self.key), kind, about)
+
     def describe(self, seed: int) -> tuple[str, str]:
         """A request to describe the picture, and the dense caption."""
         return Dice("describe", seed, self.key).pick(text.DESCRIBE), self.dense_caption()
