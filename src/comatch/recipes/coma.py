@@ -5,6 +5,9 @@ bottleneck, and loss on the whole dialogue. `coma-no-bottleneck` differs from `c
 change one thing each: `coma-full` lets compression tokens see one another in full, `coma-all-tokens` has loss on questions too, `coma-kl`
 learns the words that the model itself expects when it sees the picture (3.2). `coma-joint` compresses and matches in one stage, as CREM
 (arXiv 2602.19091). K is the run's `tokens`.
+
+Two go beyond the papers. In `coma-nested` a dialogue sees the first 1, 2, 4, ... or all K tokens, so that any first few of them work. In
+`coma-apart` tokens that are alike cost something.
 """
 
 from dataclasses import replace
@@ -52,4 +55,6 @@ RECIPES = (
         (replace(_COMPRESS, name="joint", objectives={"next_token": 1.0, "contrastive": 1.0}, pooling=MATCH.pooling),),
         tokens=32,
     ),
+    Recipe("coma-nested", (replace(_COMPRESS, nested="doubling"), MATCH), tokens=32),
+    Recipe("coma-apart", (replace(_COMPRESS, objectives={"next_token": 1.0, "orthogonality": 0.1}), MATCH), tokens=32),
 )
