@@ -35,7 +35,7 @@ def run(folder: Path, out: Path, recipe: str, **changes: Any) -> RunConfig:
     return RunConfig.model_validate(values | changes)
 
 
-BEYOND = ("coma-nested", "coma-apart")
+BEYOND = ("coma-nested", "coma-apart", "coma-rebuild")
 TRAINED = ("cocoa-sealed", "moca", "matching-bidirectional", "coma-full", "coma-kl", "coma-joint", *BEYOND)
 
 
@@ -52,7 +52,7 @@ def test_every_recipe_trains_and_encodes(folder_of: Folders, tmp_path: Path, nam
         assert all(abs(row["loss"] - row["loss_contrastive"] - row["loss_next_token"]) < 1e-6 for row in rows)
 
 
-@pytest.mark.parametrize("name", ["cocoa", "coma-kl", "coma-joint"])
+@pytest.mark.parametrize("name", ["cocoa", "coma-kl", "coma-joint", "coma-rebuild"])
 def test_the_doctor_finds_nothing_wrong(folder_of: Folders, tmp_path: Path, name: str) -> None:
     report = examine(run(folder_of("qwen2_5_vl"), tmp_path / "run", name))
     assert report.sound, [finding for finding in report.everything if finding.level == "error"]
