@@ -102,7 +102,7 @@ def test_teacher_is_the_plain_model_on_a_row_without_compression_tokens(folder_o
     else:
         adapted(encoder, kind)
     opened = {name: p.requires_grad for name, p in backbone.named_parameters()}
-    taught = teacher(batch, backbone.tokens, None)
+    taught = teacher(batch, None)
     at = batch.labels != IGNORE
     assert torch.equal(batch.labels[at], simple.labels[simple.labels != IGNORE]), "teacher and student are aligned on the same tokens"
     torch.testing.assert_close(taught[at], wanted, atol=2e-5, rtol=1e-4)
@@ -112,7 +112,7 @@ def test_teacher_is_the_plain_model_on_a_row_without_compression_tokens(folder_o
         student = backbone(batch, COMPRESS.visibility)
     assert (student - taught)[at].abs().max() > 1e-3
     backbone.rows.data += 1.0
-    torch.testing.assert_close(teacher(batch, backbone.tokens, None)[at], wanted, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(teacher(batch, None)[at], wanted, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
@@ -129,7 +129,7 @@ def test_step_equals_the_two_losses_by_hand(folder_of: Folders, kind: str, objec
     total, parts = torch.zeros(()), {"distillation": 0.0, "next_token": 0.0}
     for example in some:
         batch = collate([example])
-        taught, hidden = teacher(batch, K, None), backbone(batch, stage.visibility)
+        taught, hidden = teacher(batch, None), backbone(batch, stage.visibility)
         rows = batch.labels, batch.example, 1
         kl, _ = distillation(hidden, taught, *rows, (backbone.head, teacher.backbone.head), 2.0)
         ce, _ = next_token(hidden, *rows, backbone.head)
@@ -159,7 +159,7 @@ def test_the_teacher_sees_the_picture_and_the_student_only_compression_tokens(fo
     turns = dialogues()[0].turns
     batches = [collate([encoder.preparer.dialogue(Dialogue(as_message(scene(5, i).draw()), turns), COMPRESS)]) for i in (0, 1)]
     teacher, at = Teacher.of(encoder.backbone, False), batches[0].labels != IGNORE
-    one, other = (teacher(batch, K, None)[at] for batch in batches)
+    one, other = (teacher(batch, None)[at] for batch in batches)
     assert (one - other).abs().max() > 1e-4
     dialogue = batches[0].roles == ROLE_ID["dialogue"]
     inner: list[torch.Tensor] = []

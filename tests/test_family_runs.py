@@ -35,7 +35,11 @@ def run(folder: Path, out: Path, recipe: str, **changes: Any) -> RunConfig:
     return RunConfig.model_validate(values | changes)
 
 
-@pytest.mark.parametrize("name", ["cocoa-sealed", "moca", "matching-bidirectional", "coma-full", "coma-kl", "coma-joint"])
+BEYOND = ("coma-nested", "coma-apart", "coma-rebuild")
+TRAINED = ("cocoa-sealed", "moca", "matching-bidirectional", "coma-full", "coma-kl", "coma-joint", *BEYOND)
+
+
+@pytest.mark.parametrize("name", TRAINED)
 def test_every_recipe_trains_and_encodes(folder_of: Folders, tmp_path: Path, name: str) -> None:
     config = run(folder_of("qwen2_5_vl"), tmp_path / "run", name)
     text = describe(config)
@@ -48,7 +52,7 @@ def test_every_recipe_trains_and_encodes(folder_of: Folders, tmp_path: Path, nam
         assert all(abs(row["loss"] - row["loss_contrastive"] - row["loss_next_token"]) < 1e-6 for row in rows)
 
 
-@pytest.mark.parametrize("name", ["cocoa", "coma-kl", "coma-joint"])
+@pytest.mark.parametrize("name", ["cocoa", "coma-kl", "coma-joint", "coma-rebuild"])
 def test_the_doctor_finds_nothing_wrong(folder_of: Folders, tmp_path: Path, name: str) -> None:
     report = examine(run(folder_of("qwen2_5_vl"), tmp_path / "run", name))
     assert report.sound, [finding for finding in report.everything if finding.level == "error"]
@@ -56,8 +60,12 @@ def test_the_doctor_finds_nothing_wrong(folder_of: Folders, tmp_path: Path, name
     assert all(any(f.check == "gradients" and f.level == "ok" for f in stage.findings) for stage in report.stages)
 
 
+RANKED = [("cocoa", "warmup", 2), ("coma-joint", "joint", 6)]
+RANKED += [(name, "compress", 6) for name in ("coma-kl", *BEYOND)]
+
+
 @pytest.mark.parametrize("sharding", [False, True], ids=["whole", "sharded"])
-@pytest.mark.parametrize(("name", "stage", "batch"), [("cocoa", "warmup", 2), ("coma-joint", "joint", 6), ("coma-kl", "compress", 6)])
+@pytest.mark.parametrize(("name", "stage", "batch"), RANKED)
 def test_two_processes_train_what_one_trains(
     folder_of: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, stage: str, batch: int, sharding: bool
 ) -> None:

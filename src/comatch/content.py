@@ -163,11 +163,15 @@ class Group:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """One training unit for compression: a context and (question, answer) turns about it."""
+    """One training unit for compression: a context and (question, answer) turns about it.
+
+    target: a text that says what the context shows, for stages that rebuild one beside the dialogue.
+    """
 
     context: Message
     turns: tuple[tuple[str, str], ...]
     source: str = ""
+    target: str = ""
 
 
 def as_message(x: object, *, root: Path | None = None, limits: ImageLimits = _LIMITS) -> Message:

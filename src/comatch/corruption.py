@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from comatch.recipe import Stage
 
 ROLES = ("context", "compression", "dialogue", "target")
+NESTED = ("none", "any", "doubling")
 FILLS = ("noise", "mean", "zero")
 PATCH_TARGETS = ("raw", "normalised")
 _SHARE = {"masked_token": "text", "masked_patch": "patches"}
@@ -63,8 +64,51 @@ def check_corruptions(stage: Stage) -> None:
     if hidden["masked_token"] and "masked_token" not in stage.objectives:
         raise RecipeError(f"stage {stage.name!r} hides text and nobody predicts it; add the objective masked_token, or set text to 0")
     if hidden["masked_token"] and stage.tells == "dialogue":
+        _check_one_label(stage)
+    if {"dialogue", "target"} <= set(roles):
+        _check_readers(stage)
+
+
+def _check_one_label(stage: Stage) -> None:
+    """Hidden words beside a dialogue: its places say its next tokens, so no other label may fall there, nor one of these elsewhere."""
+    if stage.supervise == "dialogue" or any(c.text and c.role == "dialogue" for c in stage.corruptions):
         raise RecipeError(
-            f"stage {stage.name!r}: masked_token beside {sorted(stage.objectives)}: a place has one label; use two stages"
+            f"stage {stage.name!r}: masked_token beside {sorted(stage.objectives)}: a place has one label; "
+            "hide no text of the dialogue, and let supervise be 'answers'"
+        )
+
+
+def _check_readers(stage: Stage) -> None:
+    """A dialogue and a target in one row read the same and know nothing of one another."""
+    seen, told = stage.visibility, f"stage {stage.name!r} has a dialogue and a target"
+    if seen.roles.index("target") > seen.roles.index("dialogue"):
+        raise RecipeError(f"{told} in the order {list(seen.roles)}; put 'target' first, so that what is before it predicts its first word")
+    if seen.reaches("dialogue", "target") or seen.reaches("target", "dialogue"):
+        raise RecipeError(f"{told}, and in {list(seen.table)} one learns of the other; let neither see the other, nor what does")
+    if stage.tells != "dialogue" or not any(c.text and c.role == "target" for c in stage.corruptions):
+        raise RecipeError(f"{told}; give it next_token or distillation for the one, and a corruption of the target's text for the other")
+
+
+def check_nested(stage: Stage) -> None:
+    """Raise RecipeError where compression tokens are told apart that are not there, or the first of them depend on later ones."""
+    check_choice(f"stage {stage.name!r}: nested", stage.nested, NESTED)
+    seen, row = stage.visibility, "compression" in stage.visibility.roles and stage.tells is not None
+    if "orthogonality" in stage.objectives and not row:
+        raise RecipeError(
+            f"stage {stage.name!r}: orthogonality is of the compression tokens of rows with labels, and there are none; "
+            "add the role 'compression' and an objective such as next_token, or leave it out"
+        )
+    if stage.nested == "none":
+        return
+    if not row:
+        raise RecipeError(
+            f"stage {stage.name!r}: nested is {stage.nested!r}, but it has no rows with labels and compression tokens; remove it"
+        )
+    others = [role for role in seen.roles if role != "compression" and seen.reaches("compression", role)]
+    if seen.letter("compression", "compression") != "c" or any(seen.sees(role, "compression") for role in others):
+        raise RecipeError(
+            f"stage {stage.name!r}: nested is {stage.nested!r}, but in {list(seen.table)} the first compression tokens depend on later "
+            "ones, so they change where those are left out; let 'compression' see itself as 'c', and nothing that it sees look at it"
         )
 
 

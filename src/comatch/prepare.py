@@ -46,16 +46,16 @@ class Preparer:
         """One item to embed. Raises ContentError or ImageError."""
         return self.finish(self.renderer.item(message, stage))
 
-    def dialogue(self, dialogue: Dialogue, stage: Stage, seed: int = 0) -> Example:
-        """One context with its supervised turns. seed: of what the stage hides. Raises ContentError or ImageError."""
-        return self._corrupted(self.finish(self.renderer.dialogue(dialogue, stage)), stage, seed)
+    def dialogue(self, dialogue: Dialogue, stage: Stage, seed: int | None = None) -> Example:
+        """One context with its supervised turns. seed: of what the stage hides, None hides nothing. Raises ContentError or ImageError."""
+        return self._corrupted(self.finish(self.renderer.dialogue(dialogue, stage, seed)), stage, seed)
 
-    def pair(self, query: Message, answer: Message, stage: Stage, seed: int = 0) -> Example:
+    def pair(self, query: Message, answer: Message, stage: Stage, seed: int | None = None) -> Example:
         """A query and its answer as one row, with what the stage hides of it by that seed. Raises ContentError or ImageError."""
-        return self._corrupted(self.finish(self.renderer.pair(query, answer, stage)), stage, seed)
+        return self._corrupted(self.finish(self.renderer.pair(query, answer, stage, seed)), stage, seed)
 
-    def _corrupted(self, example: Example, stage: Stage, seed: int) -> Example:
-        if not stage.corruptions:
+    def _corrupted(self, example: Example, stage: Stage, seed: int | None) -> Example:
+        if not stage.corruptions or seed is None:
             return example
         r, images = self.renderer, self.images
         hiding = Hiding(r.mask, r.protected, r.image_id, images.merge**2, images.mean, images.std)
@@ -79,11 +79,15 @@ class Preparer:
         pictures = [(cut or self.cut)(image) for image in row.images]
         grids = tuple(picture.grid for picture in pictures)
         numbered = grids if self.renderer.recipe.prompt.grid else ()
+        roles = np.asarray([ROLE_ID[role] for role in row.roles], dtype=np.int8)
+        positions = mrope(ids == self.renderer.image_id, numbered, self.images.merge)
+        # Dialogue and target do not see one another: each counts on from what both see, so it stands as in a row of its own.
+        positions -= (roles == ROLE_ID["dialogue"]) * (roles == ROLE_ID["target"]).sum()
         return Example(
             ids=ids,
-            roles=np.asarray([ROLE_ID[role] for role in row.roles], dtype=np.int8),
+            roles=roles,
             labels=labels,
-            positions=mrope(ids == self.renderer.image_id, numbered, self.images.merge),
+            positions=positions,
             patches=tuple(picture.patches for picture in pictures),
             grids=grids,
             cut=row.cut,

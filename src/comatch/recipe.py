@@ -12,20 +12,21 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from comatch.corruption import NESTED as NESTED
 from comatch.corruption import ROLES as ROLES
 from comatch.corruption import Corruption as Corruption
-from comatch.corruption import check_choice, check_corruptions
+from comatch.corruption import check_choice, check_corruptions, check_nested
 from comatch.errors import RecipeError
 
 LETTERS = {".": "never", "c": "causal: key position <= query position", "f": "full"}
 POOLINGS = ("mean_compression", "last_compression", "mean", "last")
-OBJECTIVES = ("next_token", "contrastive", "masked_token", "masked_patch", "distillation")
+OBJECTIVES = ("next_token", "contrastive", "masked_token", "masked_patch", "distillation", "orthogonality")
 SUPERVISE = ("answers", "dialogue")
 LAYOUTS = ("raw", "chat")
 MASK_TOKEN = "<|mask|>"
 
 
-_LATER = ("shift", "decoder_layers", "patch_target", "kl_temperature")
+_LATER = ("shift", "decoder_layers", "patch_target", "kl_temperature", "nested")
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Visibility:
 
 @dataclass(frozen=True)
 class Bottleneck:
-    """A promise: `reader` learns of `hidden` only by way of `through`."""
+    """A promise: `reader`, and any dialogue or target there is, learns of `hidden` only by way of `through`."""
 
     reader: str = "dialogue"
     through: str = "compression"
@@ -125,7 +126,8 @@ class Stage:
 
     `shift` of masked_token: a hidden token is predicted from the state before it (1) or from its own (0). `decoder_layers`: between the
     states and the pixels of masked_patch. `patch_target`: pixels as the processor normalises them, or "normalised" in each patch once
-    more. `kl_temperature`: of distillation, for teacher and student.
+    more. `kl_temperature`: of distillation, for teacher and student. `nested`: how many of the first compression tokens a row with labels
+    keeps, drawn for each: all ("none"), "any" number, or one of 1, 2, 4, ... and all ("doubling"); items to match keep all.
     """
 
     name: str
@@ -140,6 +142,7 @@ class Stage:
     decoder_layers: int = 1
     patch_target: str = "raw"
     kl_temperature: float = 1.0
+    nested: str = "none"
 
     def __post_init__(self) -> None:
         roles = self.visibility.roles
@@ -156,6 +159,7 @@ class Stage:
             if name in self.objectives:
                 self._check_dialogue(name, roles)
         check_corruptions(self)
+        check_nested(self)
         if self.bottleneck is not None:
             self._check_bottleneck(self.bottleneck)
 
@@ -193,16 +197,14 @@ class Stage:
         missing = [role for role in (b.reader, b.through, b.hidden) if role not in self.visibility.roles]
         if missing:
             raise RecipeError(f"stage {self.name!r}: bottleneck names {missing}, roles are {list(self.visibility.roles)}")
-        if self.visibility.reaches(b.reader, b.hidden, avoiding=b.through):
-            raise RecipeError(
-                f"stage {self.name!r}: the bottleneck leaks: {b.reader!r} reaches {b.hidden!r} without {b.through!r} "
-                f"in {list(self.visibility.table)}"
-            )
-        if not self.visibility.reaches(b.reader, b.hidden):
-            raise RecipeError(
-                f"stage {self.name!r}: {b.through!r} does not carry {b.hidden!r} to {b.reader!r} "
-                f"in {list(self.visibility.table)}; nothing could be learned"
-            )
+        table = list(self.visibility.table)
+        for reader in [role for role in self.visibility.roles if role in (b.reader, "dialogue", "target")]:
+            if self.visibility.reaches(reader, b.hidden, avoiding=b.through):
+                leak = f"{reader!r} reaches {b.hidden!r} without {b.through!r}"
+                raise RecipeError(f"stage {self.name!r}: the bottleneck leaks: {leak} in {table}")
+            if not self.visibility.reaches(reader, b.hidden):
+                told = f"{b.through!r} does not carry {b.hidden!r} to {reader!r} in {table}"
+                raise RecipeError(f"stage {self.name!r}: {told}; nothing could be learned")
 
 
 @dataclass(frozen=True)
@@ -233,6 +235,8 @@ class Recipe:
                 f"recipe {self.name!r} has tokens={self.tokens} but {'a' if needs else 'no'} stage with the role "
                 "'compression'; set tokens to " + ("1 or more" if needs else "0")
             )
+        if self.tokens == 1 and (apart := [s.name for s in self.stages if s.nested != "none" or "orthogonality" in s.objectives]):
+            raise RecipeError(f"recipe {self.name!r}: stages {apart} tell tokens apart, and tokens is 1; set it to 2 or more")
 
     @property
     def masks(self) -> bool:

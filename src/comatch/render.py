@@ -15,6 +15,7 @@ from typing import Any
 
 from comatch.content import Dialogue, Image, Mark, Message, Text, Video
 from comatch.core.batch import BARE_IMAGE
+from comatch.core.nested import kept
 from comatch.errors import ContentError, ModelError
 from comatch.recipe import Recipe, Stage
 
@@ -62,26 +63,30 @@ class Renderer:
         learned = [id for id, token in tokenizer.added_tokens_decoder.items() if token.special]
         self.protected = {*self.special.values(), *tokenizer.all_special_ids, *learned, *self.compression, self.mask, BARE_IMAGE}
 
-    def item(self, message: Message, stage: Stage) -> Row:
-        """Context and compression tokens of one item, as the recipe's prompt and the stage lay them out."""
+    def item(self, message: Message, stage: Stage, seed: int | None = None) -> Row:
+        """Context and compression tokens of one item, as the recipe's prompt and the stage lay them out.
+
+        seed: of how many compression tokens a stage with nested dropout keeps, here and below; None keeps all.
+        """
         row = Row()
         *opening, lead = self._before(message.instruction)
         row.add(self._fixed(opening), "context")
         self._context(row, message, stage, reserve=len(self.after), lead=lead)
         row.add(self.after, "context")
-        if "compression" in stage.visibility.roles:
-            row.add(self.compression, "compression")
+        self._compress(row, stage, seed)
         return row
 
-    def dialogue(self, dialogue: Dialogue, stage: Stage) -> Row:
-        """Context, compression tokens where the stage has them, and every turn in ChatML.
+    def dialogue(self, dialogue: Dialogue, stage: Stage, seed: int | None = None) -> Row:
+        """Context, compression tokens and the text to rebuild where the stage has them, and every turn in ChatML.
 
         Turns that do not fit the window are dropped from the end and counted in `cut`; the first turn must fit.
         """
         turns = [self._turn(i, question, answer, stage) for i, (question, answer) in enumerate(dialogue.turns)]
         if not turns:
             raise ContentError("a dialogue without turns; give at least one (question, answer) pair")
-        row = self._opening(dialogue.context, stage, reserve=len(turns[0].ids))
+        target = self.plain(dialogue.target) if "target" in stage.visibility.roles else ()
+        row = self._opening(dialogue.context, stage, len(turns[0].ids) + min(len(target), self.window // 2), seed)
+        self._rebuild(row, target)
         full = False
         for turn in turns:
             # A later turn may refer to an earlier one, so none is kept once one was dropped.
@@ -94,23 +99,26 @@ class Renderer:
             row.supervised += turn.supervised
         return row
 
-    def pair(self, query: Message, answer: Message, stage: Stage) -> Row:
+    def pair(self, query: Message, answer: Message, stage: Stage, seed: int | None = None) -> Row:
         """A pair as one row: the answer's text as `target` after the query, or both one after the other where there is no such role.
 
         A target is text: where only the query is, the two change places. A target above half of the window is cut to that.
         Raises ContentError where both show pictures.
         """
         if "target" not in stage.visibility.roles:
-            return self.item(Message((*query.parts, *answer.parts)), stage)
+            return self.item(Message((*query.parts, *answer.parts)), stage, seed)
         query, answer = (query, answer) if _is_text(answer) else (answer, query)
         if not _is_text(answer):
             raise ContentError("query and positive both show pictures, so neither can be the text that is rebuilt; leave out such rows")
         target = self.plain("\n".join(part.text for part in answer.parts if isinstance(part, Text)))
-        kept = target[: self.window // 2]
-        row = self._opening(query, stage, reserve=len(kept))
-        row.add(kept, "target")
-        row.cut += len(target) - len(kept)
+        row = self._opening(query, stage, min(len(target), self.window // 2), seed)
+        self._rebuild(row, target)
         return row
+
+    def _rebuild(self, row: Row, target: Sequence[int]) -> None:
+        fits = target[: self.window // 2]
+        row.add(fits, "target")
+        row.cut += len(target) - len(fits)
 
     def _plain(self, text: str) -> tuple[int, ...]:
         """Tokens of a text in which nothing is special."""
@@ -119,18 +127,22 @@ class Renderer:
     def question(self, message: Message, question: str, stage: Stage) -> Row:
         """The same row up to where the answer to a first question begins."""
         prompt = self._prompt(question, stage, first=True)
-        row = self._opening(message, stage, reserve=len(prompt))
+        row = self._opening(message, stage, len(prompt))
         row.add(prompt, "dialogue")
         return row
 
-    def _opening(self, message: Message, stage: Stage, reserve: int) -> Row:
+    def _opening(self, message: Message, stage: Stage, reserve: int, seed: int | None = None) -> Row:
         row = Row()
         if stage.layout == "chat":
             row.add([self.start, *self.plain("user\n")], "context")
         self._context(row, message, stage, reserve)
-        if "compression" in stage.visibility.roles:
-            row.add(self.compression, "compression")
+        self._compress(row, stage, seed)
         return row
+
+    def _compress(self, row: Row, stage: Stage, seed: int | None) -> None:
+        if "compression" in stage.visibility.roles:
+            few = len(self.compression) if seed is None else kept(len(self.compression), stage.nested, seed)
+            row.add(self.compression[:few], "compression")
 
     def _prompt(self, question: str, stage: Stage, first: bool) -> list[int]:
         """One user turn that waits for an answer; in the chat layout the first is open already."""

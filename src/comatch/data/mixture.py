@@ -11,13 +11,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import floor
 
 from comatch.config import DataConfig
 from comatch.config.data import SourceConfig
-from comatch.content import Group, Image, Message, Text, Video
+from comatch.content import Dialogue, Group, Image, Message, Text, Video
 from comatch.data.order import shuffled
 from comatch.data.sources import Source, open_source
 from comatch.errors import ConfigError, ContentError
@@ -40,6 +40,21 @@ class Ingredient:
         group = self.source.group(row, epoch)
         return Group(prompted(group.query, self.prompt), group.positives, group.negatives, self.name) if self.prompt else group
 
+    def dialogue(self, row: int, epoch: int, target: bool = False) -> Dialogue:
+        """The row's dialogue; with a target that is the text of the row's pair, of a source without pairs that of its answers.
+
+        Raises ContentError where the pair is not of a text and of what the dialogue is about.
+        """
+        told = self.source.dialogue(row, epoch)
+        if not target:
+            return told
+        if not self.source.has_pairs:
+            return replace(told, target="\n".join(answer for _, answer in told.turns))
+        group = self.source.group(row, epoch)
+        sides = [side for side in (group.query, group.positives[0]) if side != told.context]
+        if len(sides) != 1 or not all(isinstance(part, Text) for part in sides[0].parts):
+            raise ContentError("the row's pair is not of the dialogue's context and of a text, so there is no text of it to rebuild")
+        return replace(told, target=sides[0].text)
 
     def pair(self, row: int, epoch: int) -> tuple[Message, Message]:
         """A query and one positive; of a source without pairs a dialogue's context and the text of its answers. Raises ContentError."""
@@ -102,14 +117,17 @@ class Mixture:
             raise ConfigError(f"epochs={epochs:g} of {len(self):,} rows fill no batch of {batch:,}; lower batch or raise epochs")
         return steps
 
-    def try_out(self, pairs: bool) -> None:
-        """Read the first row of each source. Raises DataError where a source cannot serve a stage of pairs, or one of dialogues."""
+    def try_out(self, pairs: bool, target: bool = False) -> None:
+        """Read the first row of each source. Raises DataError where a source cannot serve a stage of pairs, or one of dialogues.
+
+        target: the dialogues need one.
+        """
         for ingredient in self.ingredients:
             with suppress(ContentError):  # a faulty row is no fault of the source; it is counted when it is met
                 if pairs:
                     ingredient.source.group(0, 0)
                 else:
-                    ingredient.source.dialogue(0, 0)
+                    ingredient.dialogue(0, 0, target)
 
     def check(self, steps: int, batch: int) -> None:
         """Raise ConfigError where a batch is not made of whole blocks, or a source would never have its turn."""

@@ -33,6 +33,7 @@ __all__ = ["SIZE", "Scene", "Thing", "class_options", "scene", "vocabulary"]
 
 _CROP: Final = 56
 _GRADES: Final = 4
+_TRIES: Final = 50
 _ATTRIBUTES: Final = {
     "shape": SHAPES,
     "colour": COLOURS,
@@ -176,6 +177,12 @@ class Scene:
             seen.add(candidate.truth)
             found.append(candidate)
         raise DataError(f"only {len(found)} of {n} near misses found for one scene; ask for fewer")
+
+    def afterwards(self, seed: int) -> Scene:
+        """The scene after an object left or came; of a train scene another train scene, or where there is none the scene itself."""
+        dice, allowed = Dice("afterwards", seed, self.key), ("train",) if self.split == "train" else SPLITS
+        found = (self._changed(3, dice) for _ in range(_TRIES))
+        return next((s for s in found if s is not None and s.split in allowed), self)
 
     def _changed(self, grade: int, dice: Dice) -> Scene | None:
         """One random change of a grade, or None where it gave no valid scene."""

@@ -5,11 +5,15 @@ bottleneck, and loss on the whole dialogue. `coma-no-bottleneck` differs from `c
 change one thing each: `coma-full` lets compression tokens see one another in full, `coma-all-tokens` has loss on questions too, `coma-kl`
 learns the words that the model itself expects when it sees the picture (3.2). `coma-joint` compresses and matches in one stage, as CREM
 (arXiv 2602.19091). K is the run's `tokens`.
+
+Three go beyond the papers. In `coma-nested` a dialogue sees the first 1, 2, 4, ... or all K tokens, so that any first few of them work. In
+`coma-apart` tokens that are alike cost something. In `coma-rebuild` they also carry a text of which 0.7 is hidden, CoCoA's share: dialogue
+and text read the same tokens and do not see one another. The text is causal like all of CoMa, so a layer is still one launch.
 """
 
 from dataclasses import replace
 
-from comatch.recipe import Bottleneck, Recipe, Stage, Visibility
+from comatch.recipe import Bottleneck, Corruption, Recipe, Stage, Visibility
 
 _DIALOGUE = ("context", "compression", "dialogue")
 
@@ -50,6 +54,21 @@ RECIPES = (
     Recipe(
         "coma-joint",
         (replace(_COMPRESS, name="joint", objectives={"next_token": 1.0, "contrastive": 1.0}, pooling=MATCH.pooling),),
+        tokens=32,
+    ),
+    Recipe("coma-nested", (replace(_COMPRESS, nested="doubling"), MATCH), tokens=32),
+    Recipe("coma-apart", (replace(_COMPRESS, objectives={"next_token": 1.0, "orthogonality": 0.1}), MATCH), tokens=32),
+    Recipe(
+        "coma-rebuild",
+        (
+            replace(
+                _COMPRESS,
+                visibility=Visibility(("context", "compression", "target", "dialogue"), ("c...", "cc..", ".cc.", ".c.c")),
+                objectives={"next_token": 1.0, "masked_token": 1.0},
+                corruptions=(Corruption("target", text=0.7),),
+            ),
+            MATCH,
+        ),
         tokens=32,
     ),
 )

@@ -21,7 +21,7 @@ from comatch.data.scene_truth import Dice
 from comatch.errors import ContentError, DataError
 from comatch.prepare import Preparer
 from comatch.recipe import Stage
-from comatch.render import Row
+from comatch.render import Renderer, Row
 from comatch.training.parcel import Parcel
 
 _TRIES = 8
@@ -193,30 +193,29 @@ class StageData(Dataset[list[Sample]]):
         return deal(costs, self.ranks)[self.rank]
 
     def _told_rows(self, source: int, row: int, epoch: int) -> Iterator[Row]:
-        ingredient, renderer = self.mixture.ingredients[source], self.preparer.renderer
-        if self.stage.tells == "dialogue":
-            yield renderer.dialogue(ingredient.source.dialogue(row, epoch), self.stage)
-        else:
-            yield renderer.pair(*ingredient.pair(row, epoch), self.stage)
+        yield self._told(self.preparer.renderer, source, row, epoch)
 
     def _group_rows(self, source: int, pick: _Pick) -> Iterator[Row]:
         yield from (self.preparer.renderer.item(message, self.stage) for message in pick.messages)
         if self.stage.tells:
             yield from self._told_rows(source, pick.row, pick.epoch)
 
-    def _told(self, source: int, row: int, epoch: int) -> Example:
-        """The row with labels; what it hides depends on the seed, the stage and the row, not on who prepares it. Raises ContentError."""
+    def _told(self, by: Renderer | Preparer, source: int, row: int, epoch: int) -> Any:
+        """The row with labels, rendered or prepared. What it hides depends on the seed, the stage and the row, not on who prepares it.
+
+        Raises ContentError.
+        """
         ingredient, stage = self.mixture.ingredients[source], self.stage
         seed = Dice("corruption", stage.name, ingredient.name, self.seed, epoch, row).below(2**32)
         if stage.tells == "dialogue":
-            return self.preparer.dialogue(ingredient.source.dialogue(row, epoch), stage, seed)
-        return self.preparer.pair(*ingredient.pair(row, epoch), stage, seed)
+            return by.dialogue(ingredient.dialogue(row, epoch, "target" in stage.visibility.roles), stage, seed)
+        return by.pair(*ingredient.pair(row, epoch), stage, seed)
 
     def _alone(self, source: int, position: int) -> Sample:
         ingredient, bad = self.mixture.ingredients[source], list[str]()
         for row, epoch in self.mixture.rows(source, position, self.seed):
             try:
-                example = self._told(source, row, epoch)
+                example = self._told(self.preparer, source, row, epoch)
             except ContentError as error:
                 bad.append(error.reason)
             else:
@@ -277,7 +276,7 @@ class StageData(Dataset[list[Sample]]):
         while True:
             try:
                 examples = tuple(self.preparer.item(message, self.stage) for message in pick.messages)
-                told = self._told(place[0], pick.row, pick.epoch) if self.stage.tells else None
+                told = self._told(self.preparer, place[0], pick.row, pick.epoch) if self.stage.tells else None
             except ContentError as error:
                 bad.append(error.reason)
                 pick, _ = self._pick(place, rows, taken, bad, _TRIES)

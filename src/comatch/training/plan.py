@@ -103,7 +103,7 @@ def open_data(config: RunConfig, run: StageRun, stage: Stage) -> tuple[StageRun,
         if "contrastive" in stage.objectives:
             mixture.try_out(pairs=True)
         if stage.tells == "dialogue":
-            mixture.try_out(pairs=False)
+            mixture.try_out(pairs=False, target="target" in stage.visibility.roles)
     except (ConfigError, DataError) as error:
         raise type(error)(f"stages.{stage.name}: {error}") from error
     return run, mixture

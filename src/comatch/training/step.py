@@ -8,9 +8,9 @@ pass is an ordinary step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,109 +20,19 @@ from torch import nn
 
 from comatch.backbones.base import Backbone, Vision
 from comatch.config import StageRun
-from comatch.core.batch import Batch, Example
 from comatch.core.pooling import group_means, pooled
 from comatch.errors import ConfigError, TrainingError
 from comatch.objectives.contrastive import Pairing, info_nce
-from comatch.objectives.distillation import distillation
-from comatch.objectives.patches import masked_patch
 from comatch.objectives.temperature import Temperature
-from comatch.objectives.tokens import next_token
 from comatch.recipe import Stage, check_vectors
 from comatch.training.beside import Beside
 from comatch.training.loader import Sample
 from comatch.training.passes import Pass, fill, no_sync, open_methods, plan_passes, run_backward
+from comatch.training.rows import StepResult as StepResult
+from comatch.training.rows import check_finite as check_finite
+from comatch.training.rows import token_step as token_step
 
 _QUERY, _POSITIVE, _NEGATIVE = range(3)
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one step did.
-
-    loss, accuracy (next tokens predicted right, or positives that rank first) are of all ranks; examples, tokens of this one.
-    filled, slots: places that held a token, and all places, in one run through this rank's passes. repeated: share of all ranks' items that
-    equal another of their rank and were not encoded again. temperature: of a contrastive loss.
-    parts: the loss of each objective, without its weight, where rows have labels.
-    """
-
-    loss: float
-    accuracy: float
-    examples: int
-    tokens: int
-    filled: int = 0
-    slots: int = 0
-    repeated: float = 0.0
-    temperature: float | None = None
-    parts: Mapping[str, float] = field(default_factory=dict)
-
-
-def token_step(
-    accelerator: Accelerator,
-    model: nn.Module,
-    examples: Sequence[Example],
-    stage: Stage,
-    tokens: int,
-    patches: int | None = None,
-    beside: Beside | None = None,
-) -> StepResult:
-    """Forward and backward of a stage's objectives on rows with labels or hidden patches; gradients are those of the global means.
-
-    examples: this rank's. Each objective is a mean over the examples of all ranks that have something for it: a picture without text counts
-    for masked patches only. beside: the decoder or teacher that the stage needs.
-    """
-    backbone, beside = accelerator.unwrap_model(model), beside or Beside()
-    planned = plan_passes(accelerator, backbone, examples, tokens, patches)
-    names = [name for name in stage.objectives if name != "contrastive"]
-    there = [[len(e.target_places) if name == "masked_patch" else e.supervised for name in names] for e in examples]
-    counts = accelerator.reduce((torch.tensor(there, device=accelerator.device) > 0).sum(0), "sum").clamp(min=1).tolist()
-    sums = torch.zeros(len(names) + 2, device=accelerator.device)
-    for i, part in reversed(list(enumerate(planned))):
-        real = bool(part.members)
-        with no_sync(accelerator, model), accelerator.autocast():
-            losses, hits = row_losses(accelerator, model, part.batch, stage, beside)
-            check_finite(losses, "loss")
-        scale = [accelerator.num_processes * stage.objectives[name] / count * real for name, count in zip(names, counts, strict=True)]
-        run_backward(accelerator, model, (losses * losses.new_tensor(scale)).sum(), last=i == 0)
-        if real:
-            sums += torch.cat([losses.detach(), hits])
-    beside.average(accelerator)
-    *totals, right, supervised = accelerator.reduce(sums, "sum").tolist()
-    parts = {name: total / count for name, total, count in zip(names, totals, counts, strict=True)}
-    loss = sum(stage.objectives[name] * part for name, part in parts.items())
-    return StepResult(loss, right / max(supervised, 1), len(examples), sum(map(len, examples)), *fill(planned), parts=parts)
-
-
-def row_losses(
-    accelerator: Accelerator, model: nn.Module, batch: Batch, stage: Stage, beside: Beside
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One forward pass: the sum over its examples of each objective but the contrastive one [objectives], and [2] = labels hit, labels."""
-    backbone: Backbone = accelerator.unwrap_model(model)
-    vision = taught = None
-    if beside.teacher:
-        open_methods(backbone)
-        vision = None if backbone.vision_trains else backbone.see(batch)
-        taught = beside.teacher(batch, backbone.tokens, vision)
-    # The decoder's layers look at all states, tokens at their own.
-    hidden = model(batch, stage.visibility, vision, None if beside.decoder else batch.labels >= 0)
-    losses, hits = list[torch.Tensor](), torch.zeros(2, device=hidden.device)
-    rows = (batch.labels, batch.example, batch.size)
-    for name in stage.objectives:
-        if name in ("next_token", "masked_token"):
-            each, hits = next_token(hidden, *rows, backbone.head)
-        elif name == "distillation" and beside.teacher and taught is not None:
-            heads = backbone.head, beside.teacher.backbone.head
-            each, hits = distillation(hidden, taught, *rows, heads, stage.kl_temperature)
-        elif name == "masked_patch" and beside.decoder:
-            predicted = beside.decoder(hidden, batch, stage.visibility, backbone)
-            owner = batch.example.flatten()[batch.target_places]
-            each = masked_patch(predicted, backbone.pixels(batch.targets), owner, batch.size, stage.patch_target == "normalised")
-        elif name == "contrastive":
-            continue
-        else:
-            raise ConfigError(f"stage {stage.name!r} has {name}, but the step got no part for it; pass beside=Beside.of(...)")
-        losses.append(each.sum())
-    return torch.stack(losses), hits
 
 
 def contrastive_step(
@@ -201,14 +111,6 @@ def take_step(
     if done is None:
         raise ConfigError(f"stage {stage.name!r} has the objectives {list(stage.objectives)}, and no step for any of them")
     return done
-
-
-def check_finite(value: torch.Tensor, what: str) -> None:
-    """Raise TrainingError before a non-finite number can reach the weights (row 22)."""
-    if not bool(torch.isfinite(value).all()):
-        raise TrainingError(
-            f"{what} became NaN or infinite; nothing was updated. Lower optim.lr, set precision=fp32, or look at this batch's data"
-        )
 
 
 class _Once:

@@ -29,14 +29,15 @@ class Teacher:
         return cls(deepcopy(backbone, shared).requires_grad_(False).eval())
 
     @torch.no_grad()
-    def __call__(self, batch: Batch, tokens: int, vision: Vision | None) -> torch.Tensor:
+    def __call__(self, batch: Batch, vision: Vision | None) -> torch.Tensor:
         """States [rows, seq, dim] of the same rows, as if the compression tokens were not there: plain causal attention to context and
-        dialogue, and positions that close the gap of so many `tokens`."""
-        after = (batch.roles == ROLE_ID["dialogue"]) * tokens
+        dialogue, and positions that close the gap they leave."""
+        gap = torch.bincount(batch.example[batch.roles == ROLE_ID["compression"]], minlength=batch.size)
+        after = (batch.roles == ROLE_ID["dialogue"]) * gap[batch.example.clamp(min=0)]
         backbone = self.backbone
         with backbone.hf.disable_adapter() if adapters.adapted(backbone) else nullcontext():
             hidden: torch.Tensor = backbone(replace(batch, positions=batch.positions - after), OPEN, vision, batch.labels >= 0)
         return hidden
 
 
-OPEN = Visibility(("context", "compression", "dialogue"), ("c..", ".c.", "c.c"))
+OPEN = Visibility(("context", "compression", "target", "dialogue"), ("c...", ".c..", "..c.", "c..c"))

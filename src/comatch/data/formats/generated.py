@@ -10,6 +10,7 @@ from typing import Final
 
 from comatch.content import Image, Message, Text
 from comatch.data.record import MODES, Options, Pair, Record, Rows, Turns, of_split
+from comatch.data.scene_items import ITEMS, shown
 from comatch.data.scene_truth import Dice
 from comatch.data.scenes import Scene, scene
 from comatch.data.tables import open_table
@@ -38,25 +39,34 @@ class _Scenes:
 
 
 def _open_scenes(options: Options) -> tuple[Rows, Options]:
-    _check(options, SCENE_PAIRS)
+    _check(options, SCENE_PAIRS, ITEMS)
     rows = _Scenes(options.seed, options.split, options.limit or COUNT)
     _ = rows[0]  # an unknown split is refused now
     return rows, options
 
 
 def _scene_dialogue(row: Scene, options: Options, dice: Dice) -> tuple[Message, Turns]:
-    picture, seed = Message((Image(row.draw()),)), dice.below(2**32)
+    item, seed = shown(row, options.subset), dice.below(2**32)
     if options.dialogue == "description":
-        return picture, [row.describe(seed)]
+        return item.message, [item.describe(seed)]
     if options.dialogue == "caption":
-        return picture, [(row.describe(seed)[0], row.caption(seed))]
-    spoken = row.dialogue(seed, 1 if options.dialogue == "single-turn" else 3 + dice.below(3))
-    return picture, [(question, answer) for question, answer, _ in spoken]
+        return item.message, [(item.describe(seed)[0], item.caption(seed))]
+    return item.message, item.turns(seed, 1 if options.dialogue == "single-turn" else 3 + dice.below(3))
 
 
 def _scene_group(row: Scene, options: Options, dice: Dice) -> Pair:
-    """The negatives of a caption are near misses of the scene, told in the same order and wording; an answer has none."""
-    picture, seed = Image(row.draw()), dice.below(2**32)
+    """The negatives of a caption are near misses of the scene, told in the same order and wording; the others have none.
+
+    What a text is matched with is the dense caption, which is never worded like the text.
+    """
+    seed = dice.below(2**32)
+    if options.subset in ITEMS:
+        item = shown(row, options.subset)
+        text = item.describe(seed)[1] if options.subset == "texts" else item.caption(seed)
+        sides = item.message, Message((Text(text),))
+        query, positive = reversed(sides) if _asks(options, dice) else sides
+        return query, [positive], []
+    picture = Image(row.draw())
     if options.subset == "questions":
         question, answer, _ = row.question(seed)
         return Message((picture, Text(question))), [Message((Text(answer),))], []
@@ -129,16 +139,16 @@ def _emoji_group(found: tuple[Row, _Emoji], options: Options, dice: Dice) -> Pai
     return _pair(picture, ", ".join((row["label"], *some)), asks, [Image(k["image"]["bytes"]) if asks else k["label"] for k in kin])
 
 
-def _check(options: Options, pairs: tuple[str, ...]) -> None:
+def _check(options: Options, pairs: tuple[str, ...], items: tuple[str, ...] = ()) -> None:
     allowed = ", ".join(DIRECTIONS)
     if unknown := set(options.columns) - {"direction"}:
         raise DataError(f"columns has {sorted(unknown)}; for this source only direction may be set: {allowed}")
     if options.columns.get("direction", DIRECTIONS[0]) not in DIRECTIONS:
         raise DataError(f"direction {options.columns['direction']!r} is unknown; allowed: {allowed}")
-    if options.subset not in (None, *pairs):
-        raise DataError(f"subset {options.subset!r} is unknown; pairs of this source are {', '.join(pairs)}")
-    if options.subset == pairs[1] and options.columns:
-        raise DataError(f"direction has no effect on {pairs[1]}, which always ask with the picture; remove it")
+    if options.subset not in (None, *pairs, *items):
+        raise DataError(f"subset {options.subset!r} is unknown; allowed: {', '.join((*pairs, *items))}")
+    if options.subset in (pairs[1], "texts") and options.columns:
+        raise DataError(f"direction has no effect on {options.subset}, where the same side always asks; remove it")
 
 
 def _asks(options: Options, dice: Dice) -> bool:
