@@ -46,7 +46,7 @@ baseline: matching
 arms:
   matching: {recipe: matching, stages.compress: null}
   coma: {}
-measure: {n: 6, candidates: 12, tokens: 4, carried: 3}
+measure: {n: 6, candidates: 12, tokens: 4, carried: 3, answers: 18}
 """
 
 
@@ -136,7 +136,9 @@ def test_every_run_is_there_with_what_was_asked_for(done: dict[str, Any], files:
     assert coma["stages"]["compress"]["tflop"] > 0
     assert set(coma["redundancy"]) == {"compress", "match"} and set(coma["carried"]) == {"compress"}
     assert coma["carried"]["compress"]["nats"] == pytest.approx(coma["carried"]["compress"]["other"] - coma["carried"]["compress"]["own"])
+    assert list(coma["answers"]) == ["compress", "match"] and {"all", "colour", "all, looking"} < set(coma["answers"]["match"])
     matching = next(r for r in done["runs"] if r["arm"] == "matching")
+    assert matching["answers"] == {}
     assert matching["carried"] == {} and list(matching["stages"]) == ["match"]
 
 

@@ -29,12 +29,13 @@ class MeasureConfig(Part):
     """Rows on which it is measured how much readers of the compression tokens lose with another's picture, after each stage that has such;
     0 leaves it out."""
     answers: int = Field(default=0, ge=0)
-    """Questions that are answered from the compression tokens alone, after each stage; 0 leaves it out."""
+    """Questions about scenes that are answered from the compression tokens alone, after each stage of a recipe with dialogues; 0 leaves it
+    out."""
 
     @model_validator(mode="after")
     def _fits_suite(self) -> MeasureConfig:
         if self.suite == "emoji":
-            self.refuse_changed(("n", "candidates", "seed"), "has no effect on emoji; remove it")
+            self.refuse_changed(("n", "candidates", "seed", "answers"), "has no effect on emoji; remove it")
             if self.data is None:
                 raise ValueError("suite 'emoji' needs data, the path of its table")
         else:

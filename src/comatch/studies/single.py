@@ -13,7 +13,9 @@ import numpy as np
 import torch
 
 from comatch.analysis.carried import Told, carried
+from comatch.analysis.masks import dialogue_stage
 from comatch.analysis.redundancy import redundancy
+from comatch.analysis.survival import scene_questions, survival
 from comatch.card import write_json
 from comatch.config import DataConfig, MeasureConfig, RunConfig
 from comatch.data.sources import Source, open_source
@@ -43,6 +45,7 @@ def run_one(arm: Arm, seed: int, measure: MeasureConfig, folder: Path, *, quiet:
         "scores": _scores(Encoder.load(trained), tasks(measure)),
         "redundancy": _redundancy(trained, arm, config, measure),
         "carried": _carried(trained, arm, config, measure),
+        "answers": _answers(trained, arm, config, measure),
         "made_by": {"code": code_digest(), "torch": torch.__version__, "machine": platform.machine(), "device": _device()},
     }
     write_json(folder / RESULT, result)
@@ -108,6 +111,20 @@ def _carried(folder: Path, arm: Arm, config: RunConfig, measure: MeasureConfig) 
             rows = _held_out(config.stages[stage.name].data or config.data, measure, measure.carried)
             told = [_told(rows, i, stage.tells) for i in range(len(rows))]
             found[stage.name] = carried(Encoder.load(folder / stage.name), stage, told).to_dict()
+    return found
+
+
+def _answers(folder: Path, arm: Arm, config: RunConfig, measure: MeasureConfig) -> dict[str, Mapping[str, float]]:
+    """Shares of right answers from the compression tokens alone, by kind, after each stage; of all, also where the picture or another
+    item's tokens may be looked at."""
+    if not measure.answers or dialogue_stage(arm.recipe) is None:
+        return {}
+    questions = scene_questions(measure.answers, seed=measure.seed, split=measure.split)
+    found: dict[str, Mapping[str, float]] = {}
+    for stage in config.stages:
+        kinds = survival(Encoder.load(folder / stage), questions).by_kind
+        whole = {"all, looking": kinds["all"].looking, "all, another's tokens": kinds["all"].another}
+        found[stage] = {kind: row.kept for kind, row in kinds.items()} | whole
     return found
 
 
