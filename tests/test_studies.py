@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from comatch.evaluation.compare import holm
 from comatch.evaluation.tasks import evaluate, scene_tasks
 from comatch.studies.plan import Study, read_study
 from comatch.studies.report import curves, draw, gap_table, markdown
-from comatch.studies.runner import missing, results, run_study
+from comatch.studies.runner import missing, one_run_command, results, run_study
 from comatch.studies.summary import Mean, gaps, means, values
 from comatch.training.loop import train
 
@@ -195,13 +197,31 @@ def test_results_of_other_settings_are_not_mixed_in(done: dict[str, Any], files:
     assert len(missing(read(files, "seeds=3", "arms.third={tokens: 1}"), more)) == 5
 
 
+def test_a_launcher_starts_several_processes_for_one_result(done: dict[str, Any], files: Path, tmp_path: Path) -> None:
+    study = read_study(files / "study.yaml", tmp_path, one := ["seeds=1", "arms={coma: {}}", "baseline=coma"])
+    launcher = f"{Path(sys.executable).parent / 'accelerate'} launch --cpu --num_processes 2 --num_machines 1 --no_python"
+    command = one_run_command(files / "study.yaml", one, tmp_path)
+    (found,) = run_study(study, command, tmp_path, launcher=launcher, keep=True, tell=lambda told: None)["runs"]
+    manifest = json.loads((tmp_path / "runs" / "coma-0" / "run" / "manifest.json").read_text())
+    assert manifest["processes"] == 2
+    alone = next(r for r in done["runs"] if (r["arm"], r["seed"]) == ("coma", 0))
+    assert found["stages"]["match"]["loss"] == pytest.approx(alone["stages"]["match"]["loss"], rel=1e-4), "the same training"
+
+
+def test_the_studies_of_this_repository_and_of_its_page_can_be_read(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[1]
+    for path in sorted((root / "runs" / "study").glob("*.yaml")):
+        study = read_study(path, tmp_path)
+        assert study.config.seeds >= 5 and study.config.question and study.arms
+    example = (root / "docs" / "ablate.md").read_text().split("```yaml\n")[1].split("```")[0]
+    (tmp_path / "example.yaml").write_text(example.replace("../coma-nano.yaml", str(root / "runs" / "coma-nano.yaml")))
+    assert [arm.recipe.tokens for arm in read_study(tmp_path / "example.yaml", tmp_path).arms] == [1, 8, 32] * 3
+
+
 def test_two_studies_do_not_share_a_folder_at_once(files: Path, tmp_path: Path) -> None:
     study = read_study(files / "study.yaml", tmp_path)
 
     def second(_: Any) -> None:
-        import subprocess
-        import sys
-
         code = f"import fcntl; fcntl.lockf(open({str(tmp_path / '.lock')!r}, 'w'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
         seen.append(subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode)
 
