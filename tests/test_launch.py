@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
@@ -22,8 +23,11 @@ from torch.distributed.fsdp import FSDPModule
 from comatch.backbones.base import Backbone
 from comatch.config import RunConfig
 from comatch.encoder import Encoder
+from comatch.errors import ConfigError
+from comatch.recipes import load_recipe
 from comatch.training import loop
 from comatch.training.loop import read_metrics, train
+from comatch.training.plan import open_encoder
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {path.stem: path for path in sorted((ROOT / "accelerate").glob("*.yaml"))}
@@ -106,3 +110,11 @@ def test_two_processes_with_sharded_layers_train_what_one_trains(
     assert int(shards.read_text()) > layers, "only the whole model was a unit"
     vectors = [Encoder.load(folder).encode(["a red circle", "two stars"]) for folder in (tmp_path / "two", one)]
     np.testing.assert_allclose(vectors[0], vectors[1], atol=1e-3)
+
+
+def test_an_untrained_nano_is_not_made_by_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = config(tmp_path, tmp_path / "run").model_copy(update={"model": "untrained-nano"})
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(ConfigError, match="without a launcher"):
+        open_encoder(run, load_recipe(run.recipe))

@@ -60,6 +60,10 @@ def open_encoder(config: RunConfig, recipe: Recipe, start: Path | None = None) -
     elif start is not None:
         backbone = Backbone.load(start, recipe, dtype=low, seed=config.seed)
     elif config.model == UNTRAINED:
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            # transformers writes a model on the first process alone, and each would read its own.
+            told = f"model {UNTRAINED!r} is made anew by each process, and that goes for one only; start it without a launcher"
+            raise ConfigError(f"{told}, or save one by comatch.backbones.nano.make_nano and name its folder")
         with TemporaryDirectory() as scratch:
             make_nano(Path(scratch), nano_texts(), seed=config.seed)
             backbone = Backbone.load(scratch, recipe, seed=config.seed)
