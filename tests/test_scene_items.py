@@ -133,7 +133,7 @@ def test_answers_are_those_of_the_view_that_is_asked_of(how: str) -> None:
 
 
 def test_what_is_refused_and_what_stays_as_it_was() -> None:
-    with pytest.raises(DataError, match="captions, questions, texts, pictures, frames"):
+    with pytest.raises(DataError, match="captions, questions, dialogues, texts, pictures, frames"):
         open_source("scenes", subset="sounds")
     with pytest.raises(DataError, match="no effect on texts"):
         open_source("scenes", subset="texts", columns={"direction": "both"})

@@ -286,6 +286,17 @@ def test_scene_questions_are_pairs_of_their_own() -> None:
         open_source("scenes", subset="questions", columns={"direction": "both"})
 
 
+def test_scene_dialogues_are_pairs_too() -> None:
+    source = open_source("scenes", limit=30, subset="dialogues")
+    pair, spoken = source.group(4), {turn for epoch in range(40) for turn in source.dialogue(4, epoch).turns}
+    (words,) = pair.positives[0].parts
+    assert isinstance(words, Text) and [type(part) for part in pair.query.parts] == [Image]
+    told = [turn for turn in spoken if f"{turn[0]} {turn[1]}" in words.text]
+    assert len(told) >= 2 and pair != source.group(4, epoch=1) and pair == source.group(4)
+    turned = open_source("scenes", limit=30, subset="dialogues", columns={"direction": "text-to-image"}).group(4)
+    assert isinstance(turned.query.parts[0], Text)
+
+
 @needs_emoji
 def test_emoji_negatives_are_kin_and_not_the_same() -> None:
     source = open_source("emoji", path=EMOJI, negatives=4)

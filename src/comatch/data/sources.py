@@ -114,8 +114,9 @@ def open_source(
     dialogue   multi-turn (3 to 5 questions; of a file all it has), single-turn (one of these), description
                (everything there is to say), caption (one sentence), mixed (multi-turn or description, drawn
                for each row and epoch)
-    subset     mmeb-train: the config, such as CIRR; emoji: names or groups; scenes: captions or questions (pairs of one picture), or what
-               stands in the place of the picture, also in dialogues: texts, pictures (two of them) or frames (a video of four)
+    subset     mmeb-train: the config, such as CIRR; emoji: names or groups; scenes: captions, questions or dialogues (pairs of one
+               picture), or what stands in the place of the picture, also in dialogues: texts, pictures (two of them) or frames (a
+               video of four)
     root       folder that the pictures named in the data must lie below; None is the folder of the data
     corpus     tevatron: the table of documents
     negatives  scenes, emoji: how many hard negatives to make for a pair (near misses; others of the subgroup)

@@ -18,7 +18,7 @@ from comatch.data.text_tables import Row
 from comatch.errors import DataError
 
 DIRECTIONS: Final = ("image-to-text", "text-to-image", "both")
-SCENE_PAIRS: Final = ("captions", "questions")
+SCENE_PAIRS: Final = ("captions", "questions", "dialogues")
 EMOJI_PAIRS: Final = ("names", "groups")
 COUNT: Final = 1_000_000
 _DESCRIBE: Final = "describe the picture."
@@ -60,9 +60,12 @@ def _scene_group(row: Scene, options: Options, dice: Dice) -> Pair:
     What a text is matched with is the dense caption, which is never worded like the text.
     """
     seed = dice.below(2**32)
-    if options.subset in ITEMS:
+    if options.subset in (*ITEMS, "dialogues"):
         item = shown(row, options.subset)
-        text = item.describe(seed)[1] if options.subset == "texts" else item.caption(seed)
+        if options.subset == "dialogues":
+            text = " ".join(f"{question} {answer}" for question, answer in item.turns(seed, 3 + dice.below(3)))
+        else:
+            text = item.describe(seed)[1] if options.subset == "texts" else item.caption(seed)
         sides = item.message, Message((Text(text),))
         query, positive = reversed(sides) if _asks(options, dice) else sides
         return query, [positive], []
