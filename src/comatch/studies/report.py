@@ -72,14 +72,18 @@ def detail_table(results: Mapping[str, Any], kind: str) -> str:
 
 def draw(results: Mapping[str, Any], out: Path) -> list[Path]:
     """Save scores.png, and curve.png where the grid has one setting of numbers; the paths written."""
-    rows, tasks = means(results), _names(means(results), "scores")
-    chance = {task: next(run["scores"][task]["chance"] for run in results["runs"] if task in run["scores"]) for task in tasks}
-    shown = {arm: {task: row["scores", task] for task in tasks} for arm, row in rows.items()}
-    pictures = [figures.save(figures.arms(shown, chance), out / "scores.png")]
+    pictures = [figures.save(figures.arms(*_shown(results)), out / "scores.png")]
     lines = curves(results)
     if lines:
         pictures.append(figures.save(figures.curves(lines, next(iter(next(iter(results["arms"].values()))["point"]))), out / "curve.png"))
     return pictures
+
+
+def _shown(results: Mapping[str, Any]) -> tuple[dict[str, dict[str, Mean]], dict[str, float]]:
+    """hit@1 by arm and task, and guessing by task: what scores.png shows."""
+    rows, tasks = means(results), _names(means(results), "scores")
+    chance = {task: next(run["scores"][task]["chance"] for run in results["runs"] if task in run["scores"]) for task in tasks}
+    return {arm: {task: row["scores", task] for task in tasks} for arm, row in rows.items()}, chance
 
 
 def curves(results: Mapping[str, Any]) -> dict[str, dict[str, dict[float, Mean]]]:

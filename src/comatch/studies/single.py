@@ -84,10 +84,8 @@ def _stages(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def _scores(encoder: Encoder, wanted: list[Task]) -> dict[str, dict[str, Any]]:
-    return {
-        s.name: {"hit": s.hit, "chance": s.chance, "mrr": s.mrr, "n": s.n, "ties": s.ties, "hits": np.flatnonzero(s.hits).tolist()}
-        for s in evaluate(encoder, wanted)
-    }
+    names = ("hit", "chance", "mrr", "n", "ties")
+    return {score.name: {name: getattr(score, name) for name in names} for score in evaluate(encoder, wanted)}
 
 
 def _redundancy(folder: Path, arm: Arm, config: RunConfig, measure: MeasureConfig) -> dict[str, Mapping[str, float]]:

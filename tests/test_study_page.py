@@ -1,0 +1,32 @@
+"""The page of studies says what their results say."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import study
+
+from comatch.studies.plan import read_study
+from comatch.studies.runner import results
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_page_is_that_of_the_results() -> None:
+    assert study.studies() and study.page() == (ROOT / "docs" / "study.md").read_text(), "run python benchmarks/study.py"
+
+
+def test_every_figure_on_the_page_is_there() -> None:
+    shown = re.findall(r"\]\((study/[^)]+\.png)\)", study.PAGE.read_text())
+    assert {Path(name).stem.rpartition("-")[0] for name in shown} == set(study.studies())
+    assert all((ROOT / "docs" / name).stat().st_size > 5000 for name in shown)
+
+
+def test_the_results_are_those_of_the_files_and_go_on_from_there(tmp_path: Path) -> None:
+    for name in study.studies():
+        found = study.load(name)
+        (tmp_path / "results.json").write_text(json.dumps(found))
+        read = results(read_study(ROOT / "runs" / "study" / f"{name}.yaml", tmp_path), tmp_path)
+        assert read["runs"] == found["runs"] and set(read["arms"]) == set(found["arms"])
