@@ -10,11 +10,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from comatch.studies.report import draw, markdown
+from comatch.studies.report import draw, gap_table, markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE, FIGURES = ROOT / "benchmarks" / "results" / "study", ROOT / "docs" / "study.md", ROOT / "docs" / "study"
 
+ALSO = {"methods": ("matching, as long",)}
+"""Arms that the others are compared with besides the study's own baseline."""
 ORDER = ("methods", "tokens", "formats", "pairs", "bridge")
 HEAD = """# What the methods do, at nano scale
 
@@ -40,6 +42,8 @@ def page() -> str:
     parts = [HEAD]
     for name in studies():
         parts.append(markdown(load(name)).replace("# ", "## ", 1).rstrip("\n"))
+        for other in ALSO.get(name, ()):
+            parts += [f"The same differences to {other}:", gap_table(load(name), other)]
         parts += [f"![{path.stem}](study/{path.name})" for path in sorted(FIGURES.glob(f"{name}-*.png"))]
         parts.append((RESULTS / f"{name}.md").read_text(encoding="utf-8").rstrip("\n"))
     return "\n\n".join(parts) + "\n"

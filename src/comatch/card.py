@@ -24,11 +24,11 @@ def resolve_any(name: str | Path, revision: str | None = None) -> Path:
     return resolve(name, revision)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON beside the target and rename, so that a reader never sees half a file."""
+def write_json(path: Path, value: Any, *, in_order: bool = False) -> None:
+    """Write JSON beside the target and rename, so that a reader never sees half a file. in_order: keep the order of keys, do not sort."""
     aside = path.with_name(path.name + ".tmp")
     with open(aside, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, sort_keys=True, ensure_ascii=False)
+        json.dump(value, file, indent=1, sort_keys=not in_order, ensure_ascii=False)
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)

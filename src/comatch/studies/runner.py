@@ -46,7 +46,7 @@ def results(study: Study, out: Path) -> dict[str, Any]:
             f"{path} was made with other settings: {'; '.join(sorted(changes)[:5])}; undo that, name another folder with --out, "
             "or delete the file"
         )
-    return {**found, **head, "arms": {**found["arms"], **arms}}
+    return {**found, **head, "arms": {**arms, **{name: arm for name, arm in found["arms"].items() if name not in arms}}}
 
 
 def missing(study: Study, found: Mapping[str, Any]) -> list[tuple[Arm, int]]:
@@ -80,11 +80,11 @@ def run_study(
                     tell(made)
                     continue
                 found["runs"].append(made)
-                write_json(out / RESULTS, found)
+                write_json(out / RESULTS, found, in_order=True)
                 if not keep:
                     shutil.rmtree(_folder(out, arm, seed))
                 tell(made)
-        write_json(out / RESULTS, found)
+        write_json(out / RESULTS, found, in_order=True)
     if failed:
         raise StudyError(f"{len(failed)} of {len(study.runs)} runs failed: {', '.join(failed[:5])}; their logs lie in {out / 'runs'}")
     return found

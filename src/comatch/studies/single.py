@@ -48,7 +48,7 @@ def run_one(arm: Arm, seed: int, measure: MeasureConfig, folder: Path, *, quiet:
         "answers": _answers(trained, arm, config, measure),
         "made_by": {"code": code_digest(), "torch": torch.__version__, "machine": platform.machine(), "device": _device()},
     }
-    write_json(folder / RESULT, result)
+    write_json(folder / RESULT, result, in_order=True)
     return result
 
 
