@@ -184,6 +184,16 @@ def test_a_run_that_fails_is_told_and_the_others_are_done(done: dict[str, Any], 
     assert [r["arm"] for r in json.loads((tmp_path / "results.json").read_text())["runs"]] == ["coma"]
 
 
+def test_an_interruption_begins_nothing_more(files: Path, tmp_path: Path) -> None:
+    def interrupt(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    study = read_study(files / "study.yaml", tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(study, ["sh", "-c", "sleep 0.3"], tmp_path, tell=interrupt)
+    assert 1 <= len(list((tmp_path / "runs").iterdir())) <= 2 < len(study.runs)
+
+
 def test_results_of_other_settings_are_not_mixed_in(done: dict[str, Any], files: Path) -> None:
     for change, told in (
         ("settings={stages.match.steps: 3}", "arm 'coma', run.stages.match.steps: 2 -> 3"),

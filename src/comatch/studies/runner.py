@@ -72,18 +72,22 @@ def run_study(
         with ThreadPoolExecutor(jobs) as pool:
             start = [*shlex.split(launcher), *command]
             work = {pool.submit(_run, arm, seed, start, out, jobs): (arm, seed) for arm, seed in missing(study, found)}
-            for future in as_completed(work):
-                arm, seed = work[future]
-                made = future.result()
-                if isinstance(made, str):
-                    failed.append(f"{arm.name}, seed {seed}")
+            try:
+                for future in as_completed(work):
+                    arm, seed = work[future]
+                    made = future.result()
+                    if isinstance(made, str):
+                        failed.append(f"{arm.name}, seed {seed}")
+                        tell(made)
+                        continue
+                    found["runs"].append(made)
+                    write_json(out / RESULTS, found, in_order=True)
+                    if not keep:
+                        shutil.rmtree(_folder(out, arm, seed))
                     tell(made)
-                    continue
-                found["runs"].append(made)
-                write_json(out / RESULTS, found, in_order=True)
-                if not keep:
-                    shutil.rmtree(_folder(out, arm, seed))
-                tell(made)
+            finally:
+                for future in work:  # else Ctrl-C would end one run and begin the next
+                    future.cancel()
         write_json(out / RESULTS, found, in_order=True)
     if failed:
         raise StudyError(f"{len(failed)} of {len(study.runs)} runs failed: {', '.join(failed[:5])}; their logs lie in {out / 'runs'}")
