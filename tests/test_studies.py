@@ -111,6 +111,9 @@ def test_settings_go_into_the_recipe_too(files: Path) -> None:
         ("grid={tokens: []}", "have no values"),
         ("arms.coma={tokens: 3}", None),
         ("base=nowhere.yaml", "does not exist"),
+        ("measure={suite: emoji, data: x.parquet, answers: 5}", "answers is 5, which has no effect on emoji"),
+        ("measure={suite: emoji}", "needs data"),
+        ("measure={n: 9, candidates: 3}", "at least n, 9"),
     ],
 )
 def test_a_faulty_file_is_refused_before_anything_runs(files: Path, change: str, told: str | None) -> None:

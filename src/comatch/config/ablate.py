@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from comatch.config.evaluate import SuiteConfig
 from comatch.config.part import Part
 
 
-class MeasureConfig(Part):
+class MeasureConfig(SuiteConfig):
     """What is measured of every finished run."""
 
-    suite: Literal["scenes", "emoji"] = "scenes"
-    """Ranking tasks of `comatch evaluate`."""
-    data: str | None = None
-    """The emoji table, a Parquet file."""
+    of_scenes: ClassVar[tuple[str, ...]] = ("n", "candidates", "seed", "answers")
+
     split: Literal["dev", "test"] = "test"
-    n: int = Field(default=200, ge=1)
-    """Test scenes."""
-    candidates: int = Field(default=1000, ge=1)
-    """Scenes that retrieval ranks."""
     seed: int = Field(default=0, ge=0)
     """Of the test scenes."""
     tokens: int = Field(default=0, ge=0)
@@ -31,18 +26,6 @@ class MeasureConfig(Part):
     answers: int = Field(default=0, ge=0)
     """Questions about scenes that are answered from the compression tokens alone, after each stage of a recipe with dialogues; 0 leaves it
     out."""
-
-    @model_validator(mode="after")
-    def _fits_suite(self) -> MeasureConfig:
-        if self.suite == "emoji":
-            self.refuse_changed(("n", "candidates", "seed", "answers"), "has no effect on emoji; remove it")
-            if self.data is None:
-                raise ValueError("suite 'emoji' needs data, the path of its table")
-        else:
-            self.refuse_changed(("data",), "has no effect on scenes, which are generated; remove it")
-            if self.candidates < self.n:
-                raise ValueError(f"candidates is {self.candidates}; it must be at least n, {self.n}")
-        return self
 
 
 class AblateConfig(Part):
