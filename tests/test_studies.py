@@ -111,6 +111,7 @@ def test_settings_go_into_the_recipe_too(files: Path) -> None:
         ("grid={tokens: []}", "have no values"),
         ("arms.coma={tokens: 3}", None),
         ("base=nowhere.yaml", "does not exist"),
+        ("grid={stages.compress.batch: [4, 8]}", "\\['stages.compress'\\] stand in arm 'matching' and in the grid"),
         ("measure={suite: emoji, data: x.parquet, answers: 5}", "answers is 5, which has no effect on emoji"),
         ("measure={suite: emoji}", "needs data"),
         ("measure={n: 9, candidates: 3}", "at least n, 9"),
@@ -187,6 +188,18 @@ def test_a_run_that_fails_is_told_and_the_others_are_done(done: dict[str, Any], 
     assert [r["arm"] for r in json.loads((tmp_path / "results.json").read_text())["runs"]] == ["coma"]
 
 
+def test_what_an_interrupted_study_left_is_not_taken_for_another(done: dict[str, Any], files: Path, tmp_path: Path) -> None:
+    one = ["seeds=1", "arms={coma: {}}", "baseline=null"]
+    left, told = tmp_path / "runs" / "coma-0", list[Any]()
+    with pytest.raises(StudyError):
+        run_study(read(files, *one), ["false"], tmp_path, tell=told.append)
+    (left / "result.json").write_text(json.dumps(next(r for r in done["runs"] if (r["arm"], r["seed"]) == ("coma", 0))))
+    with pytest.raises(StudyError):
+        run_study(read(files, *one, "settings={stages.match.steps: 3}"), ["false"], tmp_path, tell=told.append)
+    assert "holds a run of other settings (arm.run.stages.match.steps: 2 -> 3)" in told[-1] and (left / "result.json").is_file()
+    assert len(run_study(read(files, *one), ["false"], tmp_path, tell=told.append)["runs"]) == 1
+
+
 def test_an_interruption_begins_nothing_more(files: Path, tmp_path: Path) -> None:
     def interrupt(_: Any) -> None:
         raise KeyboardInterrupt
@@ -250,7 +263,9 @@ def test_two_studies_do_not_share_a_folder_at_once(files: Path, tmp_path: Path) 
 def test_the_command_line_refuses_and_plans(files: Path, tmp_path: Path, done: dict[str, Any]) -> None:
     told = run("ablate", files / "study.yaml", "--out", tmp_path, "--dry-run")
     assert told.code == 0 and "2 arms, 2 seeds, 4 of 4 runs to do" in told.out and "coma, seed 1" in told.out
-    assert run("ablate", files / "study.yaml", "--out", tmp_path, "--only", "nobody").code == 2
+    assert run("ablate", files / "study.yaml", "--out", tmp_path, "--only", "nobody", "--seed", "0").code == 2
+    half = run("ablate", files / "study.yaml", "--out", tmp_path, "--seed", "1")
+    assert half.code == 2 and "neither" in half.err
     assert run("ablate", files / "study.yaml", "nonsense=1").code == 2
     again = run("ablate", files / "study.yaml", "--out", files / "out")
     assert again.code == 0 and "| coma |" in again.out and (files / "out" / "study.md").read_text() == again.out.rstrip("\n") + "\n"

@@ -21,7 +21,7 @@ def command(
     keep: Annotated[bool, typer.Option("--keep", help="Leave the trained models in their folders.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check every arm, say which runs are missing, train nothing.")] = False,
     only: Annotated[str | None, typer.Option(metavar="ARM", help="Do a single run: of this arm. What a launcher starts.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="The seed of that single run.")] = 0,
+    seed: Annotated[int | None, typer.Option(min=0, help="The seed of that single run.")] = None,
     as_json: common.AsJson = False,
 ) -> None:
     """Train a grid of runs that differ in a few settings, with several seeds, and tell which differences are real.
@@ -32,16 +32,18 @@ def command(
     from comatch.studies.runner import missing, one_run_command, results, run_study
 
     common.quiet_libraries()
+    if (only is None) != (seed is None):
+        raise typer.BadParameter("--only and --seed say together which single run to do; give both or neither")
     changes = overrides or []
     folder = out or _default(file, changes)
     study = read_study(file, folder, changes)
-    if only is not None:
+    if only is not None and seed is not None:
         _single(study, only, seed, folder)
         return
     todo = missing(study, results(study, folder))
     said = f"{study.config.name}: {len(study.arms)} arms, {study.config.seeds} seeds, {len(todo)} of {len(study.runs)} runs to do"
     if dry_run:
-        typer.echo("\n".join([said, *(f"  {arm.name}, seed {seed}" for arm, seed in todo)]))
+        typer.echo("\n".join([said, *(f"  {arm.name}, seed {n}" for arm, n in todo)]))
         return
     typer.echo(said, err=True)
     command = one_run_command(file, changes, folder)

@@ -83,12 +83,11 @@ def read_study(path: str | Path, out: Path, overrides: Sequence[str] = ()) -> St
 
 
 def _inside(config: AblateConfig, path: str | Path) -> None:
-    """No setting is given twice: a later one would silently win."""
-    for name, settings in config.arms.items():
-        if twice := sorted(set(settings) & set(config.grid)):
-            raise ConfigError(f"{path}: {twice} stand in arm {name!r} and in the grid; keep one")
-    if twice := sorted(set(config.settings) & set(config.grid)):
-        raise ConfigError(f"{path}: {twice} stand in settings and in the grid; keep one")
+    """No value of the grid is also said elsewhere, itself or as a part of something larger: the later one would silently win."""
+    for name, settings in {"settings": config.settings, **{f"arm {arm!r}": said for arm, said in config.arms.items()}}.items():
+        pairs = ((key, point) for key in settings for point in config.grid)
+        if twice := sorted(key for key, point in pairs if f"{point}.".startswith(f"{key}.") or key.startswith(f"{point}.")):
+            raise ConfigError(f"{path}: {twice} stand in {name} and in the grid {sorted(config.grid)}; keep one")
 
 
 def _points(config: AblateConfig) -> Iterator[tuple[str, str, dict[str, Any], dict[str, Any]]]:

@@ -71,7 +71,7 @@ def run_study(
         failed = []
         with ThreadPoolExecutor(jobs) as pool:
             start = [*shlex.split(launcher), *command]
-            work = {pool.submit(_run, arm, seed, start, out, jobs): (arm, seed) for arm, seed in missing(study, found)}
+            work = {pool.submit(_run, study, arm, seed, start, out, jobs): (arm, seed) for arm, seed in missing(study, found)}
             try:
                 for future in as_completed(work):
                     arm, seed = work[future]
@@ -94,10 +94,17 @@ def run_study(
     return found
 
 
-def _run(arm: Arm, seed: int, command: Sequence[str], out: Path, jobs: int) -> dict[str, Any] | str:
+def _run(study: Study, arm: Arm, seed: int, command: Sequence[str], out: Path, jobs: int) -> dict[str, Any] | str:
     """One run's result, or why there is none."""
     folder = _folder(out, arm, seed)
     folder.mkdir(parents=True, exist_ok=True)
+    # What an interrupted study left here is taken up only where it is of the same settings.
+    settings = {"arm": arm.record, "measure": study.config.measure.model_dump(mode="json", exclude={"data"})}
+    told = folder / "settings.json"
+    if told.is_file() and (changes := list(_changes(json.loads(told.read_text(encoding="utf-8")), json.loads(json.dumps(settings))))):
+        why = f"{folder} holds a run of other settings ({'; '.join(changes[:3])})"
+        return f"{arm.name}, seed {seed}: {why}; undo that, or delete the folder"
+    write_json(told, settings)
     if not (folder / RESULT).is_file():
         threads = max(1, (os.cpu_count() or 1) // jobs)
         with open(folder / "log.txt", "a", encoding="utf-8") as log:
