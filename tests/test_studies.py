@@ -21,7 +21,7 @@ from comatch.evaluation.compare import holm
 from comatch.evaluation.tasks import evaluate, scene_tasks
 from comatch.studies.plan import Study, read_study
 from comatch.studies.report import curves, draw, gap_table, markdown
-from comatch.studies.runner import missing, one_run_command, results, run_study
+from comatch.studies.runner import missing, one_run_command, results, run_study, taken
 from comatch.studies.summary import Mean, gaps, means, values
 from comatch.training.loop import train
 
@@ -174,6 +174,26 @@ def test_only_what_is_missing_is_run(done: dict[str, Any], files: Path, tmp_path
     (tmp_path / "runs" / "coma-1" / "result.json").write_text(json.dumps(lost))
     found = run_study(study, ["false"], tmp_path, tell=lambda told: None)
     assert found["runs"] == [*kept, lost] and not (tmp_path / "runs" / "coma-1").exists()
+
+
+def test_runs_of_equal_settings_are_taken_from_another_study(done: dict[str, Any], files: Path, tmp_path: Path) -> None:
+    """The same arm under another name, and with it one that differs, another seed, and other measures."""
+    other = files / "out" / "results.json"
+    study = read(files, "arms={again: {}, longer: {stages.match.steps: 3}}", "baseline=null", "seeds=3")
+    found = results(study, tmp_path)
+    same = [{**run, "arm": "again"} for run in done["runs"] if run["arm"] == "coma"]
+    assert sorted(taken(study, found, other), key=lambda run: run["seed"]) == sorted(same, key=lambda run: run["seed"])
+    told = list[Any]()
+    with pytest.raises(StudyError, match="4 of 6 runs failed"):
+        run_study(study, ["false"], tmp_path, take=[other], tell=told.append)
+    assert len(json.loads((tmp_path / "results.json").read_text())["runs"]) == 2, "and they are written"
+    assert taken(study, {**found, "runs": same}, other) == [], "none twice"
+    narrow = read(files, "measure.n=7")
+    assert taken(narrow, results(narrow, tmp_path / "new"), other) == []
+    (tmp_path / "odd.json").write_text("[]")
+    for odd in (tmp_path / "odd.json", tmp_path / "none.json"):
+        with pytest.raises(StudyError, match="give one that comatch ablate wrote"):
+            taken(study, found, odd)
 
 
 def test_a_run_that_fails_is_told_and_the_others_are_done(done: dict[str, Any], files: Path, tmp_path: Path) -> None:

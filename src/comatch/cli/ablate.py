@@ -19,6 +19,9 @@ def command(
     jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time; they share the cores.")] = 1,
     launcher: Annotated[str, typer.Option(help='Put before the command of each run, such as "srun --gpus=1".')] = "",
     keep: Annotated[bool, typer.Option("--keep", help="Leave the trained models in their folders.")] = False,
+    take: Annotated[
+        list[Path] | None, typer.Option(help="Another study's results.json: its runs of equal settings are not done again.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check every arm, say which runs are missing, train nothing.")] = False,
     only: Annotated[str | None, typer.Option(metavar="ARM", help="Do a single run: of this arm. What a launcher starts.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="The seed of that single run.")] = None,
@@ -29,7 +32,7 @@ def command(
     A study that was ended goes on by the same command. Writes results.json, study.md and figures.
     """
     from comatch.studies.plan import read_study
-    from comatch.studies.runner import missing, one_run_command, results, run_study
+    from comatch.studies.runner import missing, one_run_command, results, run_study, taken
 
     common.quiet_libraries()
     if (only is None) != (seed is None):
@@ -40,14 +43,18 @@ def command(
     if only is not None and seed is not None:
         _single(study, only, seed, folder)
         return
-    todo = missing(study, results(study, folder))
+    found = results(study, folder)
+    for path in take or []:
+        found["runs"] += (more := taken(study, found, path))
+        typer.echo(f"{len(more)} runs are taken from {path}", err=True)
+    todo = missing(study, found)
     said = f"{study.config.name}: {len(study.arms)} arms, {study.config.seeds} seeds, {len(todo)} of {len(study.runs)} runs to do"
     if dry_run:
         typer.echo("\n".join([said, *(f"  {arm.name}, seed {n}" for arm, n in todo)]))
         return
     typer.echo(said, err=True)
     command = one_run_command(file, changes, folder)
-    found = run_study(study, command, folder, jobs=jobs, launcher=launcher, keep=keep, tell=_tell)
+    found = run_study(study, command, folder, jobs=jobs, launcher=launcher, keep=keep, take=take or [], tell=_tell)
     _report(found, folder, as_json)
 
 

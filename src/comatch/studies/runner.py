@@ -49,6 +49,26 @@ def results(study: Study, out: Path) -> dict[str, Any]:
     return {**found, **head, "arms": {**arms, **{name: arm for name, arm in found["arms"].items() if name not in arms}}}
 
 
+def taken(study: Study, found: Mapping[str, Any], path: Path) -> list[dict[str, Any]]:
+    """The runs that `found` lacks and another study's results in `path` have: of equal settings, recipe, data, measures and seed.
+
+    Raises StudyError where the file is none of results.
+    """
+    try:
+        other = json.loads(path.read_text(encoding="utf-8"))
+        same = {(run["arm"], run["seed"]): run for run in other["runs"]}
+        arms, measure = other["arms"], other["measure"]
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise StudyError(f"{path} is no study's results.json ({why}); give one that comatch ablate wrote") from error
+    out = []
+    for arm, seed in missing(study, found) if measure == found["measure"] else ():
+        record = json.loads(json.dumps(arm.record))
+        twins = (name for name, there in arms.items() if all(there[key] == record[key] for key in ("run", "recipe", "data")))
+        out += [{**same[name, seed], "arm": arm.name} for name in twins if (name, seed) in same][:1]
+    return out
+
+
 def missing(study: Study, found: Mapping[str, Any]) -> list[tuple[Arm, int]]:
     """The runs that have no result yet, in order."""
     done = {(run["arm"], run["seed"]) for run in found["runs"]}
@@ -56,18 +76,28 @@ def missing(study: Study, found: Mapping[str, Any]) -> list[tuple[Arm, int]]:
 
 
 def run_study(
-    study: Study, command: Sequence[str], out: Path, *, jobs: int = 1, launcher: str = "", keep: bool = False, tell: Tell
+    study: Study,
+    command: Sequence[str],
+    out: Path,
+    *,
+    jobs: int = 1,
+    launcher: str = "",
+    keep: bool = False,
+    take: Sequence[Path] = (),
+    tell: Tell,
 ) -> dict[str, Any]:
     """Do the runs that are missing and return all results; `out`/results.json is written anew after each.
 
     command: what does one run, given `--only ARM --seed SEED` behind it. launcher: put before that, such as "srun --gpus=1" or "accelerate
     launch --num_processes 4 --no_python". jobs: runs at the same time, which share the cores. keep: leave the trained models in their
-    folders. tell: is given each result, or the reason why there is none. Raises StudyError where runs failed, after all others are done, or
-    where another process works in the folder.
+    folders. take: results of other studies, whose runs of equal settings are not done again. tell: is given each result, or the reason why
+    there is none. Raises StudyError where runs failed, after all others are done, or where another process works in the folder.
     """
     out.mkdir(parents=True, exist_ok=True)
     with _locked(out):
         found = results(study, out)
+        for path in take:
+            found["runs"] += taken(study, found, path)
         failed = []
         with ThreadPoolExecutor(jobs) as pool:
             start = [*shlex.split(launcher), *command]
