@@ -15,9 +15,9 @@ from comatch.studies.report import draw, gap_table, markdown
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE, FIGURES = ROOT / "benchmarks" / "results" / "study", ROOT / "docs" / "study.md", ROOT / "docs" / "study"
 
-ALSO = {"methods": ("matching, as long",)}
+ALSO = {"methods": ("matching, as long",), "comatch": ("comatch",)}
 """Arms that the others are compared with besides the study's own baseline."""
-ORDER = ("methods", "tokens", "formats", "pairs", "bridge")
+ORDER = ("methods", "comatch", "tokens", "formats", "pairs", "emoji")
 HEAD = """# What the methods do, at nano scale
 
 Made by `python benchmarks/study.py` from the results of `comatch ablate runs/study/*.yaml` (docs/ablate.md says how to read the tables).

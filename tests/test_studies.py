@@ -87,6 +87,15 @@ def test_arms_times_grid_times_seeds(files: Path) -> None:
     assert len(study.runs) == 16 and [seed for _, seed in study.runs] == [0] * 8 + [1] * 8, "a part of it compares all arms"
 
 
+def test_null_takes_away_a_stage_and_the_data_of_all_stages(files: Path) -> None:
+    own = "recipe: matching, stages.compress: null, stages.match.data: {source: scenes, subset: questions}"
+    text = STUDY.replace("recipe: matching, stages.compress: null", f"{own}, data: null")
+    arm = read(files, "settings={data.limit: 50}", text=text).arms[0]
+    assert list(arm.config.stages) == ["match"] and (data := arm.config.stages["match"].data) and data.subset == "questions"
+    with pytest.raises(ConfigError, match="every stage has its own"):
+        read(files, "settings={data.limit: 50}", text=text.replace(", data: null", ""))
+
+
 def test_settings_go_into_the_recipe_too(files: Path) -> None:
     text = STUDY.replace("coma: {}", "coma: {}\n  all: {recipe.stages.compress.supervise: dialogue, recipe.instruction: find it}")
     plain, changed = (next(arm for arm in read(files, text=text).arms if arm.name == name).recipe for name in ("coma", "all"))

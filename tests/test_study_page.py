@@ -8,8 +8,10 @@ from pathlib import Path
 
 import study
 
+from comatch.config import load_config
 from comatch.studies.plan import read_study
 from comatch.studies.runner import results
+from comatch.training.origin import deciding
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,3 +32,9 @@ def test_the_results_are_those_of_the_files_and_go_on_from_there(tmp_path: Path)
         (tmp_path / "results.json").write_text(json.dumps(found))
         read = results(read_study(ROOT / "runs" / "study" / f"{name}.yaml", tmp_path), tmp_path)
         assert read["runs"] == found["runs"] and set(read["arms"]) == set(found["arms"])
+
+
+def test_the_run_that_is_named_best_is_the_one_that_was_studied(tmp_path: Path) -> None:
+    arms = {arm.name: arm.config for arm in read_study(ROOT / "runs" / "study" / "comatch.yaml", tmp_path).arms}
+    ours = deciding(load_config(ROOT / "runs" / "comatch-nano.yaml"))
+    assert deciding(arms["comatch"]) == ours != deciding(arms["comatch, no questions"])

@@ -106,8 +106,10 @@ def _run(name: str, settings: Mapping[str, Any], base: Path, out: Path) -> tuple
     for key, value in settings.items():
         if key not in changes:
             put(data, origins, key, deepcopy(value), "its settings")
-    # A stage cannot be null, so null says here what it says nowhere else: this arm goes without it.
+    # Neither a stage nor the data of all stages can be null, so null says here what it says nowhere else: this arm goes without it.
     data["stages"] = {stage: run for stage, run in (data.get("stages") or {}).items() if run is not None}
+    if data.get("data", ...) is None:
+        del data["data"]
     data.update(seed=0, name="arm", output="arm")
     if changes:
         data["recipe"] = str(_changed_recipe(str(data.get("recipe")), changes, name, out))
