@@ -19,10 +19,11 @@ from comatch.encoder import Encoder
 from comatch.errors import ConfigError, StudyError
 from comatch.evaluation.compare import holm
 from comatch.evaluation.tasks import evaluate, scene_tasks
+from comatch.studies.figures import arms as arms_figure
 from comatch.studies.plan import Study, read_study
-from comatch.studies.report import curves, draw, gap_table, markdown
+from comatch.studies.report import _shown, curves, draw, gap_table, markdown
 from comatch.studies.runner import missing, one_run_command, results, run_study, taken
-from comatch.studies.summary import Mean, gaps, means, values
+from comatch.studies.summary import MEAN, Mean, gaps, means, values
 from comatch.training.loop import train
 
 RUN = """
@@ -324,6 +325,19 @@ def test_intervals_are_students() -> None:
     low, high = stats.t.interval(0.95, len(each) - 1, loc=np.mean(each), scale=stats.sem(each))
     assert (mean.value - (mean.half or 0), mean.value + (mean.half or 0)) == pytest.approx((low, high))
     assert Mean.of([0.5]).half is None
+
+
+def test_the_mean_of_tasks_is_formed_in_each_seed() -> None:
+    found = made({"a": [0.1, 0.5], "b": [0.3, 0.4]})
+    assert ("scores", MEAN) not in means(found)["a"], "of one task it would say the same twice"
+    for one, hit in zip(found["runs"], (0.9, 0.1, 0.9, 0.4), strict=True):
+        one["scores"]["u"] = {"hit": hit, "chance": 0.3}
+    a, b = (means(found)[arm]["scores", MEAN] for arm in ("a", "b"))
+    assert (a.value, a.half) == pytest.approx((0.4, Mean.of([0.5, 0.3]).half)) and b.value == pytest.approx(0.5)
+    assert gaps(found)["b"]["scores", MEAN].mean.value == pytest.approx(0.1) and "| mean of tasks |" in markdown(found)
+    figure = arms_figure(*_shown(found))
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["t", "u", MEAN]
+    assert figure.axes[2].lines[-1].get_xdata()[0] == pytest.approx(20), "guessing likewise"
 
 
 def test_gaps_are_paired_by_seed() -> None:

@@ -22,7 +22,7 @@ def arms(rows: Mapping[str, Mapping[str, Mean]], chance: Mapping[str, float]) ->
     tasks = list(dict.fromkeys(task for row in rows.values() for task in row))
     if not tasks:
         raise StudyError("no scores to draw; the study has no finished run")
-    across = min(4, len(tasks))
+    across = min(5, len(tasks))
     down = math.ceil(len(tasks) / across)
     figure = Figure(figsize=(2.2 + 2.3 * across, down * (0.9 + 0.27 * len(rows))))
     panels = figure.subplots(down, across, squeeze=False, sharey=True)
@@ -49,7 +49,7 @@ def arms(rows: Mapping[str, Mapping[str, Mean]], chance: Mapping[str, float]) ->
 @styled
 def curves(tasks: Mapping[str, Mapping[str, Mapping[float, Mean]]], setting: str) -> Figure:
     """Scores as one setting grows, one panel for each task: task to arm to value to mean."""
-    across = min(4, len(tasks))
+    across = min(5, len(tasks))
     down = math.ceil(len(tasks) / across)
     figure = Figure(figsize=(0.6 + 2.6 * across, 0.7 + 2.2 * down))
     panels = figure.subplots(down, across, squeeze=False)

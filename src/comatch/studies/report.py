@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from comatch.studies import figures
-from comatch.studies.summary import Gap, Key, Mean, gaps, means
+from comatch.studies.summary import MEAN, Gap, Key, Mean, gaps, means
 
 _PERCENT = ("scores", "answers")
 _DETAILS = {
@@ -82,7 +82,8 @@ def draw(results: Mapping[str, Any], out: Path) -> list[Path]:
 def _shown(results: Mapping[str, Any]) -> tuple[dict[str, dict[str, Mean]], dict[str, float]]:
     """hit@1 by arm and task, and guessing by task: what scores.png shows."""
     rows, tasks = means(results), _names(means(results), "scores")
-    chance = {task: next(run["scores"][task]["chance"] for run in results["runs"] if task in run["scores"]) for task in tasks}
+    chance = {task: score["chance"] for run in results["runs"] for task, score in run["scores"].items()}
+    chance |= {MEAN: sum(chance.values()) / len(chance)} if MEAN in tasks else {}
     return {arm: {task: row["scores", task] for task in tasks} for arm, row in rows.items()}, chance
 
 

@@ -15,6 +15,9 @@ Key = tuple[str, ...]
 """A measured value: ("scores", "scenes-t2i"), ("redundancy", "compress", "cosine")."""
 
 
+MEAN = "mean of tasks"
+
+
 @dataclass(frozen=True)
 class Mean:
     """Mean over seeds. half: of its 95 % interval by Student's t; None for a single seed. std: over seeds, likewise."""
@@ -48,9 +51,12 @@ class Gap:
 
 
 def values(run: Mapping[str, Any]) -> Iterator[tuple[Key, float]]:
-    """All numbers that a run gives: hit@1 of tasks, last losses, cost, and what else was measured."""
-    for task, score in run["scores"].items():
-        yield ("scores", task), score["hit"]
+    """All numbers that a run gives: hit@1 of tasks and, of several, their mean; last losses, cost, and what else was measured."""
+    hits = {task: score["hit"] for task, score in run["scores"].items()}
+    for task, hit in hits.items():
+        yield ("scores", task), hit
+    if len(hits) > 1:
+        yield ("scores", MEAN), float(np.mean(list(hits.values())))
     for stage, told in run["stages"].items():
         yield ("loss", stage), told["loss"]
     for name in ("tflop", "seconds", "tokens", "items"):
