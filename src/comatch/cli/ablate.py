@@ -32,7 +32,7 @@ def command(
     A study that was ended goes on by the same command. Writes results.json, study.md and figures.
     """
     from comatch.studies.plan import read_study
-    from comatch.studies.runner import missing, one_run_command, results, run_study, taken
+    from comatch.studies.runner import missing, one_run_command, results, run_study
 
     common.quiet_libraries()
     if (only is None) != (seed is None):
@@ -43,11 +43,7 @@ def command(
     if only is not None and seed is not None:
         _single(study, only, seed, folder)
         return
-    found = results(study, folder)
-    for path in take or []:
-        found["runs"] += (more := taken(study, found, path))
-        typer.echo(f"{len(more)} runs are taken from {path}", err=True)
-    todo = missing(study, found)
+    todo = missing(study, results(study, folder, take or []))
     said = f"{study.config.name}: {len(study.arms)} arms, {study.config.seeds} seeds, {len(todo)} of {len(study.runs)} runs to do"
     if dry_run:
         typer.echo("\n".join([said, *(f"  {arm.name}, seed {n}" for arm, n in todo)]))

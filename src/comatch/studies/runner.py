@@ -24,8 +24,8 @@ RESULTS = "results.json"
 Tell = Callable[[Mapping[str, Any] | str], None]
 
 
-def results(study: Study, out: Path) -> dict[str, Any]:
-    """What `out`/results.json holds, or the same without runs.
+def results(study: Study, out: Path, take: Sequence[Path] = ()) -> dict[str, Any]:
+    """What `out`/results.json holds, or the same without runs; and with them the `taken` runs of other studies' results.
 
     Runs of arms that the file does not name any more, and of seeds beyond its number, stay. Raises StudyError where an arm or what is
     measured is another than when the results were made.
@@ -34,9 +34,9 @@ def results(study: Study, out: Path) -> dict[str, Any]:
     measure = study.config.measure.model_dump(mode="json", exclude={"data"})
     head = {"name": study.config.name, "question": study.config.question, "baseline": study.config.baseline}
     path = out / RESULTS
-    if not path.is_file():
-        return {**head, "measure": measure, "arms": arms, "runs": []}
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    found: dict[str, Any] = {**head, "measure": measure, "arms": arms, "runs": []}
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
     made = {run["arm"] for run in found["runs"]}
     changes = [f"measure.{line}" for line in _changes(found["measure"], measure)]
     for name in made & set(arms):
@@ -46,7 +46,10 @@ def results(study: Study, out: Path) -> dict[str, Any]:
             f"{path} was made with other settings: {'; '.join(sorted(changes)[:5])}; undo that, name another folder with --out, "
             "or delete the file"
         )
-    return {**found, **head, "arms": {**arms, **{name: arm for name, arm in found["arms"].items() if name not in arms}}}
+    found |= {**head, "arms": {**arms, **{name: arm for name, arm in found["arms"].items() if name not in arms}}}
+    for other in take:
+        found["runs"] += taken(study, found, other)
+    return found
 
 
 def taken(study: Study, found: Mapping[str, Any], path: Path) -> list[dict[str, Any]]:
@@ -95,9 +98,7 @@ def run_study(
     """
     out.mkdir(parents=True, exist_ok=True)
     with _locked(out):
-        found = results(study, out)
-        for path in take:
-            found["runs"] += taken(study, found, path)
+        found = results(study, out, take)
         failed = []
         with ThreadPoolExecutor(jobs) as pool:
             start = [*shlex.split(launcher), *command]
