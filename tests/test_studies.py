@@ -313,6 +313,8 @@ def made(values: dict[str, list[float]], points: dict[str, Any] | None = None) -
     ]
     arms = {arm: {"arm": arm.partition(",")[0], "point": {} if points is None else {"tokens": points[arm]}} for arm in values}
     measure = {"suite": "scenes", "split": "test", "n": 2, "candidates": 3}
+    for one in runs:
+        one["made_by"] = {"code": "c0de", "torch": "2", "machine": "m", "device": "cpu"}
     return {"name": "s", "question": "", "baseline": "a", "measure": measure, "arms": arms, "runs": runs}
 
 
@@ -379,3 +381,19 @@ def test_tables_and_figures_say_what_was_measured(done: dict[str, Any], tmp_path
     grown = made({"m, tokens=1": [0.1, 0.2], "m, tokens=8": [0.3, 0.4]}, {"m, tokens=1": 1, "m, tokens=8": 8})
     assert {x: round(mean.value, 3) for x, mean in curves(grown)["t"]["m"].items()} == {1: 0.15, 8: 0.35}
     assert [path.name for path in draw(grown, tmp_path)] == ["scores.png", "curve.png"] and gap_table({**grown, "baseline": None}) == ""
+    for one in grown["runs"]:
+        one["answers"] = {"compress": {"colour": 0.1 * int(one["arm"][-1])}, "match": {"colour": 0.25}}
+    survived = curves(grown, "answers")["colour"]
+    assert {line: [mean.value for mean in along.values()] for line, along in survived.items()} == {
+        "m, compress": pytest.approx([0.1, 0.8]),
+        "m, match": [0.25, 0.25],
+    }
+    assert [path.name for path in draw(grown, tmp_path)] == ["scores.png", "curve.png", "answers.png"]
+
+
+def test_a_page_says_which_versions_made_its_runs() -> None:
+    found = made({"a": [0.1, 0.2, 0.3]})
+    assert markdown(found).endswith("\n\nMade by code c0de, torch 2, m, cpu.\n")
+    found["runs"][2]["made_by"] = found["runs"][2]["made_by"] | {"code": "0ld"}
+    told = "Made by 2 versions: code c0de, torch 2, m, cpu (2 of the runs); code 0ld, torch 2, m, cpu (1 of the runs)."
+    assert markdown(found).endswith(f"\n\n{told}\n")

@@ -47,8 +47,8 @@ def arms(rows: Mapping[str, Mapping[str, Mean]], chance: Mapping[str, float]) ->
 
 
 @styled
-def curves(tasks: Mapping[str, Mapping[str, Mapping[float, Mean]]], setting: str) -> Figure:
-    """Scores as one setting grows, one panel for each task: task to arm to value to mean."""
+def curves(tasks: Mapping[str, Mapping[str, Mapping[float, Mean]]], setting: str, unit: str, scale: float) -> Figure:
+    """What was measured as one setting grows, one panel for each task: task to arm to value to mean, drawn times `scale`."""
     across = min(5, len(tasks))
     down = math.ceil(len(tasks) / across)
     figure = Figure(figsize=(0.6 + 2.6 * across, 0.7 + 2.2 * down))
@@ -61,16 +61,18 @@ def curves(tasks: Mapping[str, Mapping[str, Mapping[float, Mean]]], setting: str
         task, lines = list(tasks.items())[i]
         for j, (arm, line) in enumerate(lines.items()):
             xs = sorted(line)
-            heights, halves = [100 * line[x].value for x in xs], [100 * (line[x].half or 0) for x in xs]
+            heights, halves = [scale * line[x].value for x in xs], [scale * (line[x].half or 0) for x in xs]
             look = {"color": colour(j), "marker": MARKERS[j % len(MARKERS)], "markersize": 4, "capsize": 2.5}
             handles[arm] = axes.errorbar(xs, heights, yerr=halves, **look)
-        if min(xs) > 0 and max(xs) / min(xs) > 8:
+        every = sorted({x for line in lines.values() for x in line})
+        if every[0] > 0 and every[-1] / every[0] >= 8:
             axes.set_xscale("log", base=2)
-            axes.set_xticks(xs, [f"{x:g}" for x in xs])
+            axes.set_xticks(every, [f"{x:g}" for x in every])
         axes.set_title(task, fontsize=10)
-        axes.set_ylim(bottom=0)
+        if all(mean.value >= 0 for line in lines.values() for mean in line.values()):
+            axes.set_ylim(bottom=0)
         axes.grid(color=PALE, linewidth=0.8)
-    figure.supxlabel(f"{setting}; hit@1 in percent, bars: 95 % interval over seeds", fontsize=9)
+    figure.supxlabel(f"{setting}; {unit}, bars: 95 % interval over seeds", fontsize=9)
     if any(handles):
-        legend(figure, handles.values(), list(handles), loc="outside lower center", ncols=min(len(handles), 4))
+        legend(figure, handles.values(), list(handles), loc="outside upper center", ncols=min(len(handles), 4))
     return figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,12 @@ from typing import Any
 from comatch.studies import figures
 from comatch.studies.summary import MEAN, Gap, Key, Mean, gaps, means
 
+_UNITS = {
+    "scores": "hit@1 in percent",
+    "redundancy": "cosine of compression tokens, and their effective rank",
+    "carried": "loss of readers in nats, with the own and with another's picture, and the difference",
+    "answers": "percent right from the compression tokens alone",
+}
 _PERCENT = ("scores", "answers")
 _DETAILS = {
     "redundancy": "Compression tokens: their mean cosine, the same with the mean of all taken away, and their effective rank then",
@@ -30,7 +37,20 @@ def markdown(results: Mapping[str, Any]) -> str:
     for kind, title in _DETAILS.items():
         if text := detail_table(results, kind):
             lines += ["", f"{title}:", "", text]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", made_by(results)]) + "\n"
+
+
+def made_by(results: Mapping[str, Any]) -> str:
+    """Which versions of the code and of torch trained the runs, on what; where there are several, how many runs each.
+
+    Runs of one study are compared with each other, so a reader should know where the code changed between them.
+    """
+    makers = Counter(
+        f"code {by['code']}, torch {by['torch']}, {by['machine']}, {by['device']}" for by in (run["made_by"] for run in results["runs"])
+    )
+    if len(makers) == 1:
+        return f"Made by {next(iter(makers))}."
+    return f"Made by {len(makers)} versions: {'; '.join(f'{who} ({n} of the runs)' for who, n in makers.most_common())}."
 
 
 def score_table(results: Mapping[str, Any]) -> str:
@@ -71,11 +91,13 @@ def detail_table(results: Mapping[str, Any], kind: str) -> str:
 
 
 def draw(results: Mapping[str, Any], out: Path) -> list[Path]:
-    """Save scores.png, and curve.png where the grid has one setting of numbers; the paths written."""
+    """Save scores.png; where the grid has one setting of numbers, curve.png and what else was measured along it; the paths written."""
     pictures = [figures.save(figures.arms(*_shown(results)), out / "scores.png")]
-    lines = curves(results)
-    if lines:
-        pictures.append(figures.save(figures.curves(lines, next(iter(next(iter(results["arms"].values()))["point"]))), out / "curve.png"))
+    for kind, unit in _UNITS.items():
+        if lines := curves(results, kind):
+            setting = next(iter(next(iter(results["arms"].values()))["point"]))
+            figure = figures.curves(lines, setting, unit, 100 if kind in _PERCENT else 1)
+            pictures.append(figures.save(figure, out / f"{'curve' if kind == 'scores' else kind}.png"))
     return pictures
 
 
@@ -87,18 +109,24 @@ def _shown(results: Mapping[str, Any]) -> tuple[dict[str, dict[str, Mean]], dict
     return {arm: {task: row["scores", task] for task in tasks} for arm, row in rows.items()}, chance
 
 
-def curves(results: Mapping[str, Any]) -> dict[str, dict[str, dict[float, Mean]]]:
-    """{task: {arm without its point: {value of the grid's one setting: mean}}}; {} where the grid is not one setting of numbers."""
+def curves(results: Mapping[str, Any], kind: str = "scores") -> dict[str, dict[str, dict[float, Mean]]]:
+    """{name: {arm without its point, and stage: {value of the grid's one setting: mean}}} of a kind of values.
+
+    {} where the grid is not one setting of numbers, or nothing of this kind was measured at two of them.
+    """
     points = {name: arm["point"] for name, arm in results["arms"].items()}
     if {len(point) for point in points.values()} != {1} or not all(_is_number(v) for point in points.values() for v in point.values()):
         return {}
     found: dict[str, dict[str, dict[float, Mean]]] = {}
     rows = means(results)
-    for task in _names(rows, "scores"):
+    for name in _names(rows, kind):
         for arm, row in rows.items():
             ((_, value),) = points[arm].items()
-            found.setdefault(task, {}).setdefault(results["arms"][arm]["arm"], {})[float(value)] = row["scores", task]
-    return found
+            for key in row:
+                if key[0] == kind and key[-1] == name:
+                    line = ", ".join([results["arms"][arm]["arm"], *key[1:-1]])
+                    found.setdefault(name, {}).setdefault(line, {})[float(value)] = row[key]
+    return found if any(len(line) > 1 for lines in found.values() for line in lines.values()) else {}
 
 
 def _grid(rows: Mapping[str, Mapping[Key, Any]], kind: str, corner: str, tell: Any) -> str:
