@@ -83,6 +83,13 @@ def test_a_bridge_is_checked_by_the_text_it_rebuilds(folder_of: Folders, recipe:
     assert json.loads(json.dumps(report.to_dict()))["shortcut"] == report.shortcut
 
 
+def test_a_stage_with_two_readers_tells_of_the_one_that_was_shown(folder_of: Folders) -> None:
+    report = mask_check(load(folder_of, "qwen2_5_vl", "coma-rebuild"), DIALOGUES[:2])
+    assert report.ok and report.roles == ("context", "compression", "dialogue") and report.mass.shape[2:] == (3, 3)
+    np.testing.assert_allclose(report.mass.sum(-1), 1, atol=1e-5)
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
 def test_a_bridge_that_shows_the_picture_is_found(folder_of: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
     right = base.dense
     open_ = Visibility(("context", "compression", "target"), ("ff.", "ff.", "fff"))

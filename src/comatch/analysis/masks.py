@@ -34,13 +34,13 @@ _NAME = "comatch_watched"
 class MaskReport:
     """What the layers of one stage do, over all dialogues that were shown.
 
-    declared: whether the recipe promises this bottleneck (without it, the report tells how much leaks). leak:
-    [layers, heads], the largest single attention weight from the bottleneck's reader to what is hidden. mass:
-    [layers, heads, roles, roles], the share of a role's attention (third axis) that goes to a role (fourth),
-    mean over its tokens. difference: largest gap between the model's attention and the recorded weights times
-    the values, in parts of the largest value. gradient: of the answer loss with respect to the picture
-    features, the largest entry of the dialogue where it is smallest. gradient_cut: the largest of all
-    dialogues, with the keys and values of the compression tokens detached.
+    declared: whether the recipe promises this bottleneck (without it, the report tells how much leaks). roles:
+    those that the shown dialogues have. leak: [layers, heads], the largest single attention weight from the
+    bottleneck's reader to what is hidden. mass: [layers, heads, roles, roles], the share of a role's attention
+    (third axis) that goes to a role (fourth), mean over its tokens. difference: largest gap between the model's
+    attention and the recorded weights times the values, in parts of the largest value. gradient: of the answer
+    loss with respect to the picture features, the largest entry of the dialogue where it is smallest.
+    gradient_cut: the largest of all dialogues, with the keys and values of the compression tokens detached.
     """
 
     recipe: str
@@ -153,15 +153,18 @@ def mask_check(encoder: Encoder, dialogues: Sequence[Dialogue]) -> MaskReport:
         free += _gradients(encoder.backbone, batch, stage, promise)
         with attending(encoder.backbone, _without(batch, promise.through)):
             cut += _gradients(encoder.backbone, batch, stage, promise)
+    # A stage with two kinds of readers, as in coma-rebuild, is shown one; a role without tokens has no attention to tell of.
+    there = [i for i, tokens in enumerate(watch.tokens.tolist()) if tokens]
+    mass = torch.stack([watch.mass[layer] for layer in sorted(watch.mass)]) / watch.tokens[:, None]
     return MaskReport(
         recipe=encoder.recipe.name,
         stage=stage.name,
         declared=stage.bottleneck is not None,
         bottleneck=promise,
         dialogues=len(dialogues),
-        roles=watch.roles,
+        roles=tuple(watch.roles[i] for i in there),
         leak=torch.stack([watch.leak[layer] for layer in sorted(watch.leak)]).cpu().numpy(),
-        mass=torch.stack([watch.mass[layer] for layer in sorted(watch.mass)]).cpu().numpy() / watch.tokens.cpu().numpy()[:, None],
+        mass=mass[:, :, there][..., there].cpu().numpy(),
         difference=watch.difference,
         tolerance=watch.tolerance,
         gradient=min(free),
