@@ -15,7 +15,7 @@ from comatch.studies.report import draw, gap_table, markdown
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE, FIGURES = ROOT / "benchmarks" / "results" / "study", ROOT / "docs" / "study.md", ROOT / "docs" / "study"
 
-ALSO = {"methods": ("matching, as long",), "comatch": ("comatch",)}
+ALSO = {"methods": ("matching, as long",), "comatch": ("comatch",), "pairs": ("matching, as long",), "emoji": ("comatch",)}
 """Arms that the others are compared with besides the study's own baseline."""
 ORDER = ("methods", "comatch", "tokens", "formats", "pairs", "emoji")
 HEAD = """# What the methods do, at nano scale
