@@ -68,12 +68,13 @@ class Reference:
         """Forward and backward of next-token prediction, every example weighing the same. Returns the loss."""
         loss = 0.0
         for part in _chunks(items, chunk):
-            batch = collate([item.example for item in part], pack=False).to(self.device)
+            batch = collate([item.example for item in part], pack=False)
+            labels = batch.labels.to(self.device)
             with self.autocast():
                 logits = self.model(**self.inputs(batch, part, stage)).logits.float()
-            each = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none", ignore_index=-100)
-            counted = (batch.labels >= 0).sum(1)
-            mean = (each.view_as(batch.labels).sum(1) / counted).sum() / len(items)
+            each = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100)
+            counted = (labels >= 0).sum(1)
+            mean = (each.view_as(labels).sum(1) / counted).sum() / len(items)
             mean.backward()
             loss += float(mean.detach())
         return loss
@@ -94,7 +95,7 @@ class Reference:
 
     def vectors(self, items: Sequence[Item], stage: Stage) -> torch.Tensor:
         """Pooled vectors [items, dim] of one padded chunk; logits of all places are computed on the way and dropped, as the scripts do."""
-        batch, stock = collate([item.example for item in items], pack=False).to(self.device), self.model.get_base_model()
+        batch, stock = collate([item.example for item in items], pack=False), self.model.get_base_model()
         with self.autocast():
             hidden = stock.model(**self.inputs(batch, items, stage)).last_hidden_state
             stock.lm_head(hidden)
@@ -103,13 +104,13 @@ class Reference:
     def inputs(self, batch: Batch, items: Sequence[Item], stage: Stage) -> dict[str, Any]:
         """What the stock model is called with."""
         given: dict[str, Any] = {
-            "input_ids": batch.ids,
-            "position_ids": batch.positions,
-            "attention_mask": dense(batch.roles, batch.example, stage.visibility),
+            "input_ids": batch.ids.to(self.device),
+            "position_ids": batch.positions.to(self.device),
+            "attention_mask": dense(batch.roles.to(self.device), batch.example.to(self.device), stage.visibility),
             "use_cache": False,
         }
         if len(batch.grids):
-            given |= {"pixel_values": self.pixels(batch, items), "image_grid_thw": batch.grids}
+            given |= {"pixel_values": self.pixels(batch, items), "image_grid_thw": batch.grids.to(self.device)}
         return given
 
     def pixels(self, batch: Batch, items: Sequence[Item]) -> torch.Tensor:
@@ -121,7 +122,7 @@ class Reference:
             return made.to(self.device)
         side, times = self.processor.patch_size, self.processor.temporal_patch_size
         mean, std = (torch.tensor(x, device=self.device).view(3, 1, 1, 1) for x in (self.processor.image_mean, self.processor.image_std))
-        pixels = (batch.patches.reshape(-1, 3, 1, side, side).float() / 255 - mean) / std
+        pixels = (batch.patches.to(self.device).reshape(-1, 3, 1, side, side).float() / 255 - mean) / std
         return pixels.expand(-1, -1, times, -1, -1).flatten(1)
 
     def autocast(self) -> AbstractContextManager[object]:

@@ -24,6 +24,7 @@ LEVELS = (
     ("recipes",),
     ("config",),
     # floor 1: pure functions on tensors
+    ("devices",),
     ("core", "objectives"),
     # floor 2
     ("backbones", "data", "render", "drawing"),

@@ -76,14 +76,14 @@ def test_the_backbone_normalises_so(folder_of: Callable[[str], Path], family: st
     encoder = Encoder.load(folder_of(family), recipe=load_recipe("coma").with_tokens(2))
     pictures = [noise(100, 60), noise(50, 130)]
     batch = collate([encoder.preparer.item(as_message(pictures), encoder.stage)])
-    tower, given = encoder.backbone.stock.model, []
-    features = tower.get_image_features
+    tower, given = encoder.backbone.vision_tower, []
+    features = tower.forward
 
-    def watched(pixels: torch.Tensor, grids: torch.Tensor) -> Any:
-        given.append((pixels, grids))
-        return features(pixels, grids)
+    def watched(pixels: torch.Tensor, grid_thw: torch.Tensor, **rest: Any) -> Any:
+        given.append((pixels, grid_thw))
+        return features(pixels, grid_thw, **rest)
 
-    monkeypatch.setattr(tower, "get_image_features", watched)
+    monkeypatch.setattr(tower, "forward", watched)
     encoder.backbone.see(batch)
     stock = Qwen2VLImageProcessorPil.from_pretrained(folder_of(family))(images=pictures, return_tensors="pt")
     assert torch.equal(given[0][0], stock["pixel_values"]) and torch.equal(given[0][1], stock["image_grid_thw"])

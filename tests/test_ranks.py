@@ -100,6 +100,8 @@ def process(rank: int, ranks: int, port: int, sharded: bool) -> Iterator[Acceler
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy=wrap, reshard_after_forward=True)
         assert accelerator.is_fsdp2
     yield accelerator
+    # Gloo's group must not outlive itself in a model of DDP: whoever frees that last waits for a thread that waits for it.
+    accelerator.free_memory()
     torch.distributed.destroy_process_group()
 
 
@@ -127,28 +129,34 @@ class Synchronisations(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
+def results(accelerator: Accelerator, rank: int, ranks: int, folder: Path) -> dict[str, Any]:
+    """Loss, gradients and number of synchronisations of every case."""
+    found: dict[str, Any] = {}
+    for name in cases(ranks):
+        case = CASES[name]
+        encoder, some = prepared(case, folder)
+        model = wrapped(accelerator, encoder)
+        how = run(case.get("tokens", 120), keep_passes=case.get("keep_passes", 1))
+        with Synchronisations() as counted:
+            result = contrastive_step(accelerator, model, some[rank::ranks], MATCH, how, seed=5)
+        found[name] = result.loss, whole(model), counted.count
+    encoder, some = prepared({"kind": "lora"}, folder, dropout=0.3)
+    model = wrapped(accelerator, encoder)
+    for keep in (1, 99):
+        result = contrastive_step(accelerator, model, some[rank::ranks], MATCH, run(120, keep_passes=keep), seed=5)
+        found[f"dropout {keep}"] = result.loss, whole(model), 0
+    encoder, _ = prepared({"kind": "full", "vision": True, "untied": True, "head": True}, folder)
+    model = wrapped(accelerator, encoder)
+    mine = dialogues(encoder)[rank::ranks]
+    found["tokens"] = token_step(accelerator, model, mine, COMPRESS, 100).loss, whole(model), 0
+    return found
+
+
 def work(rank: int, ranks: int, port: int, sharded: bool, folder: Path, out: Path) -> None:
     """What one process does: every case, and the results of the first into `out`."""
     try:
-        found: dict[str, Any] = {}
         with process(rank, ranks, port, sharded) as accelerator:
-            for name in cases(ranks):
-                case = CASES[name]
-                encoder, some = prepared(case, folder)
-                model = wrapped(accelerator, encoder)
-                how = run(case.get("tokens", 120), keep_passes=case.get("keep_passes", 1))
-                with Synchronisations() as counted:
-                    result = contrastive_step(accelerator, model, some[rank::ranks], MATCH, how, seed=5)
-                found[name] = result.loss, whole(model), counted.count
-            encoder, some = prepared({"kind": "lora"}, folder, dropout=0.3)
-            model = wrapped(accelerator, encoder)
-            for keep in (1, 99):
-                result = contrastive_step(accelerator, model, some[rank::ranks], MATCH, run(120, keep_passes=keep), seed=5)
-                found[f"dropout {keep}"] = result.loss, whole(model), 0
-            encoder, _ = prepared({"kind": "full", "vision": True, "untied": True, "head": True}, folder)
-            model = wrapped(accelerator, encoder)
-            mine = dialogues(encoder)[rank::ranks]
-            found["tokens"] = token_step(accelerator, model, mine, COMPRESS, 100).loss, whole(model), 0
+            found = results(accelerator, rank, ranks, folder)
         if rank == 0:
             torch.save(found, out)
     except BaseException:

@@ -69,9 +69,8 @@ def look(model: Any, name: str, pixels: torch.Tensor) -> torch.Tensor:
     if hasattr(model.model.visual, "fullatt_block_indexes"):
         model.model.visual.fullatt_block_indexes = [1]
     with torch.no_grad():
-        out = model.model.get_image_features(pixels, GRIDS)
-    layers = [out.pooler_output, *(getattr(out, "deepstack_features", None) or ())]
-    return torch.cat([features for layer in layers for features in layer])
+        out = model.model.visual(pixels, grid_thw=GRIDS)
+    return torch.cat([out.pooler_output, *(getattr(out, "deepstack_features", None) or ())])
 
 
 def pixels_of(model: Any) -> torch.Tensor:

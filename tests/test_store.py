@@ -40,14 +40,14 @@ def batch_of(encoder: Encoder, *numbers: int) -> Batch:
 
 def ran(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of pictures of every run of the vision tower from now on."""
-    model, counts = backbone.stock.model, list[int]()
-    features = model.get_image_features
+    tower, counts = backbone.vision_tower, list[int]()
+    features = tower.forward
 
-    def counting(pixels: torch.Tensor, grids: torch.Tensor) -> Any:
-        counts.append(len(grids))
-        return features(pixels, grids)
+    def counting(pixels: torch.Tensor, grid_thw: torch.Tensor, **rest: Any) -> Any:
+        counts.append(len(grid_thw))
+        return features(pixels, grid_thw, **rest)
 
-    monkeypatch.setattr(model, "get_image_features", counting)
+    monkeypatch.setattr(tower, "forward", counting)
     return counts
 
 

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -28,7 +29,7 @@ COMA = load_recipe("coma").with_tokens(4)
 COMPRESS, MATCH = COMA.stages
 
 
-def made(folder: Path, stage: Stage) -> tuple[Backbone, Batch, torch.Tensor]:
+def made(folder: Path, stage: Stage) -> tuple[Backbone, Batch, np.ndarray]:
     """A float64 backbone with a fresh LoRA that is not zero, a packed batch, and the places that the stage reads."""
     encoder = Encoder.load(folder, recipe=COMA, dtype=torch.float64)
     backbone = encoder.backbone
@@ -43,7 +44,7 @@ def made(folder: Path, stage: Stage) -> tuple[Backbone, Batch, torch.Tensor]:
     if stage is COMPRESS:
         talks = [Dialogue(as_message(s.draw()), ((s.caption(0), "yes"), ("and?", s.caption(1)))) for s in scenes]
         batch = collate([encoder.preparer.dialogue(talk, stage) for talk in talks])
-        return backbone, batch, batch.labels >= 0
+        return backbone, batch, (batch.labels >= 0).numpy()
     batch = collate([encoder.preparer.item(as_message({"image": s.draw(), "text": s.caption(0)}), stage) for s in scenes])
     read = pooled(batch.roles, stage.pooling)
     assert read is not None
@@ -51,7 +52,7 @@ def made(folder: Path, stage: Stage) -> tuple[Backbone, Batch, torch.Tensor]:
 
 
 def result(
-    backbone: Backbone, batch: Batch, stage: Stage, read: torch.Tensor, leave_out: bool
+    backbone: Backbone, batch: Batch, stage: Stage, read: np.ndarray, leave_out: bool
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The states that are read, and the gradients of a loss of them."""
     hidden = backbone(batch, stage.visibility, read=read if leave_out else None)
@@ -131,7 +132,7 @@ def test_a_pooling_reads_what_it_says(how: str) -> None:
     example, hidden = torch.tensor([[0, 0, 0, 0, 0, -1]]), torch.randn(1, 6, 4)
     read = pooled(roles, how)
     assert read is not None and int(read.sum()) == 2
-    spoiled = hidden.masked_fill(~read.unsqueeze(-1), torch.nan)
+    spoiled = hidden.masked_fill(torch.from_numpy(~read).unsqueeze(-1), torch.nan)
     assert torch.equal(pool(spoiled, roles, example, 1, how), pool(hidden, roles, example, 1, how))
     assert pooled(roles, "mean") is None and pooled(roles, "last") is None and pooled(roles, None) is None
 

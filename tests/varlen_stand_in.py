@@ -40,7 +40,7 @@ def stand_in(
         scores = torch.einsum("qhd,khd->hqk", query[q0:q1], k) * scale
         if window_size == (-1, 0):
             assert q1 - q0 == k1 - k0, "flash aligns an unequal causal rectangle to the bottom right, SDPA to the top left"
-            scores = scores.masked_fill(~torch.ones(q1 - q0, k1 - k0, dtype=torch.bool).tril(), -torch.inf)
+            scores = scores.masked_fill(~torch.ones(q1 - q0, k1 - k0, dtype=torch.bool, device=query.device).tril(), -torch.inf)
         outs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v))
     return torch.cat(outs)
 

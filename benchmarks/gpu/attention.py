@@ -88,13 +88,13 @@ def rows(places: int, heads: Sequence[int], head_dim: int, device: str, dtype: t
     return [torch.randn(places, n, head_dim, generator=dice).to(device, dtype).requires_grad_() for n in heads]
 
 
-def layout(examples: Sequence[Sequence[int]], visibility: Visibility, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+def layout(examples: Sequence[Sequence[int]], visibility: Visibility) -> tuple[torch.Tensor, torch.Tensor]:
     """Roles and examples of one packed row, padded to a multiple of 128."""
     kinds = [3 if role == "target" else i for i, role in enumerate(visibility.roles)]
     sizes = [n[: len(kinds)] for n in examples]
     roles = torch.from_numpy(np.concatenate([np.repeat(kinds, n) for n in sizes]))
     owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor([sum(n) for n in sizes]))
-    roles, owner = (F.pad(x, (0, -len(x) % 128), value=-1).unsqueeze(0).to(device) for x in (roles, owner))
+    roles, owner = (F.pad(x, (0, -len(x) % 128), value=-1).unsqueeze(0) for x in (roles, owner))
     return roles.to(torch.int8), owner
 
 
@@ -126,8 +126,9 @@ def right(scale: Scale) -> dict[str, dict[str, Any]]:
     """Part 1: every call we make of the kernel, against softmax written out."""
     found: dict[str, dict[str, Any]] = {}
     for name, visibility in (("causal", PLAIN), ("coma", COMA), ("bridge", BRIDGE)):
-        roles, owner = layout(scale.examples, visibility, scale.device)
-        segments = compile_segments(roles, owner, visibility)
+        roles, owner = layout(scale.examples, visibility)
+        segments = compile_segments(roles, owner, visibility, device=torch.device(scale.device))
+        roles, owner = roles.to(scale.device), owner.to(scale.device)
         assert isinstance(segments, Segments)
         heads = (scale.heads, scale.key_heads, scale.key_heads)
         qkv, allowed = rows(roles.numel(), heads, scale.head_dim, scale.device), dense(roles, owner, visibility)[0, 0]
@@ -183,10 +184,12 @@ def timed(ways: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[
 
 def text(scale: Scale, rounds: int) -> dict[str, Any]:
     """Part 2: one layer's attention over one packed row."""
-    roles, owner = layout(scale.examples, COMA, scale.device)
+    roles, owner = layout(scale.examples, COMA)
+    segments = compile_segments(roles, owner, COMA, device=torch.device(scale.device))
+    roles, owner = roles.to(scale.device), owner.to(scale.device)
     counts = (roles >= 0).flatten()
     qkv = rows(roles.numel(), (scale.heads, scale.key_heads, scale.key_heads), scale.head_dim, scale.device)
-    segments, mask = compile_segments(roles, owner, COMA), dense(roles, owner, COMA)
+    mask = dense(roles, owner, COMA)
     assert isinstance(segments, Segments)
     scaling = scale.head_dim**-0.5
 

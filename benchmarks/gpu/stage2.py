@@ -91,13 +91,13 @@ class Unshared(training._Once):
 def by_count(accelerator: Any, backbone: Any, examples: Sequence[Any], *_: Any) -> list[Pass]:
     """Passes of 8 items in order of arrival."""
     groups = [list(range(start, min(start + 8, len(examples)))) for start in range(0, len(examples), 8)]
-    return [Pass(collate([examples[i] for i in group]).to(accelerator.device), group) for group in groups]
+    return [Pass(collate([examples[i] for i in group]), group) for group in groups]
 
 
 def together(accelerator: Any, backbone: Any, examples: Sequence[Any], tokens: int, *_: Any) -> list[Pass]:
     """Passes of so many tokens in order of arrival, texts among pictures."""
     groups = greedy([Size.of(example) for example in examples], Size(tokens, UNLIMITED)).groups
-    return [Pass(collate([examples[i] for i in group]).to(accelerator.device), group) for group in groups]
+    return [Pass(collate([examples[i] for i in group]), group) for group in groups]
 
 
 def make_pairs(n: int, dry: bool) -> list[Pair]:

@@ -27,6 +27,7 @@ from comatch.core.packing import collate
 from comatch.core.pooling import pool, pooled
 from comatch.core.sharing import share, shareable
 from comatch.data.images import ImageSettings
+from comatch.devices import default_device
 from comatch.errors import ContentError, ModelError
 from comatch.objectives.contrastive import CELLS
 from comatch.objectives.contrastive import similarity as maxsim
@@ -220,7 +221,7 @@ class Encoder:
         loans: tuple[Loan, ...] = ()
         if shareable(self.stage.visibility, self.stage.pooling):
             examples, loans = share(examples, self.backbone.image_id)
-        batch = collate(examples, loans=loans).to(self.backbone.device)
+        batch = collate(examples, loans=loans)
         hidden = self.backbone(batch, self.stage.visibility, self.backbone.see(batch, memory), pooled(batch.roles, self.stage.pooling))
         return pool(hidden, batch.roles, batch.example, batch.size, self.stage.pooling or "", vectors)
 
@@ -320,8 +321,3 @@ class Encoder:
                 f"{tuple(self.backbone.rows.shape)} from token {self.backbone.first_token} on; the folder mixes files of two models"
             )
         self.backbone.rows.data = rows
-
-
-def default_device() -> str:
-    """Where a model goes if nobody says."""
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -20,6 +20,7 @@ from comatch.content import Message
 from comatch.core.batch import ROLE_ID, Example
 from comatch.core.memory import Passes
 from comatch.core.packing import collate
+from comatch.devices import moved
 from comatch.encoder import Encoder
 from comatch.errors import ContentError, RecipeError
 from comatch.recipe import Bottleneck, Stage, Visibility
@@ -112,23 +113,23 @@ def _written(encoder: Encoder, asked: Sequence[_Asked], visibility: Visibility, 
     contexts = {one.context: one for one in asked}
     number = {context: place for place, context in enumerate(contexts)}
     examples = [encoder.preparer.finish(_before(one)) for one in contexts.values()]
-    owner = torch.tensor([number[one.context] for one in asked], device=backbone.device)
+    owner = torch.tensor([number[one.context] for one in asked])
     cache, seen = _slots(backbone, examples, visibility, owner)
-    dialogues = [torch.tensor(one.row.ids[one.begins :], device=backbone.device) for one in asked]
+    dialogues = [torch.tensor(one.row.ids[one.begins :]) for one in asked]
     ids = pad_sequence(dialogues, batch_first=True)
-    lengths = torch.tensor([len(dialogue) for dialogue in dialogues], device=ids.device)
+    lengths = torch.tensor([len(dialogue) for dialogue in dialogues])
     # Text goes on by one on all three axes after the largest position so far, as in core/positions.py.
-    position = torch.tensor([int(example.positions.max()) + 1 for example in examples], device=ids.device)[owner]
-    place = torch.arange(ids.shape[1], device=ids.device)
+    position = torch.tensor([int(example.positions.max()) + 1 for example in examples])[owner]
+    place = torch.arange(ids.shape[1])
     seen = torch.cat([seen, place < lengths[:, None]], dim=1)
-    causal = torch.ones(ids.shape[1], seen.shape[1], dtype=torch.bool, device=ids.device).tril(seen.shape[1] - ids.shape[1])
+    causal = torch.ones(ids.shape[1], seen.shape[1], dtype=torch.bool).tril(seen.shape[1] - ids.shape[1])
     hidden = backbone.further(ids, position[:, None] + place, seen[:, None, None] & causal, cache)
-    states = hidden[torch.arange(len(ids), device=ids.device), lengths - 1]
+    states = hidden[torch.arange(len(ids)), lengths - 1]
     position = position + lengths
     tokens: list[torch.Tensor] = []
-    ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    ended = torch.zeros(len(ids), dtype=torch.bool)
     while len(tokens) < longest:
-        tokens.append(backbone.head(states).argmax(-1))
+        tokens.append(backbone.head(states).argmax(-1).cpu())
         ended |= tokens[-1] == end
         if len(tokens) == longest or bool(ended.all()):
             break
@@ -146,17 +147,17 @@ def _slots(
 
     owner: [questions] int64, the example that each is about. Returns the cache and bool [questions, slots].
     """
-    batch = collate(examples).to(backbone.device)
+    batch = collate(examples)
     whole = DynamicCache()
     backbone(batch, visibility, cache=whole)
     roles = [ROLE_ID[role] for role in visibility.roles if role != "dialogue" and visibility.sees("dialogue", role)]
-    visible = torch.isin(batch.roles[0], torch.tensor(roles, device=owner.device, dtype=batch.roles.dtype))
+    visible = torch.isin(batch.roles[0], torch.tensor(roles, dtype=batch.roles.dtype))
     places = [(visible & (batch.example[0] == i)).nonzero().squeeze(1) for i in range(len(examples))]
     table = pad_sequence(places, batch_first=True)[owner]
     filled = pad_sequence([torch.ones_like(place, dtype=torch.bool) for place in places], batch_first=True)[owner]
     kept = DynamicCache()
     for i, layer in enumerate(whole.layers):
-        kept.update(*(x[0][:, table].transpose(0, 1) for x in (layer.keys, layer.values)), i)
+        kept.update(*(x[0][:, moved(table, x.device)].transpose(0, 1) for x in (layer.keys, layer.values)), i)
     return kept, filled
 
 

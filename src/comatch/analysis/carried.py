@@ -72,7 +72,7 @@ def _loss(encoder: Encoder, stage: Stage, examples: Sequence[Example]) -> float:
     """Mean over examples of their mean over labels, as in training."""
     backbone, total = encoder.backbone, 0.0
     for chosen in budget([len(example) for example in examples], _TOKENS):
-        batch = collate([examples[i] for i in chosen]).to(backbone.device)
+        batch = collate([examples[i] for i in chosen])
         hidden = backbone(batch, stage.visibility)
         loss, _ = next_token(hidden, batch.labels, batch.example, batch.size, backbone.head)
         total += float(loss.sum())

@@ -147,15 +147,15 @@ def mask_check(encoder: Encoder, dialogues: Sequence[Dialogue]) -> MaskReport:
     free: list[float] = []
     cut: list[float] = []
     for chosen in budget([len(example) for example in examples], TOKENS):
-        batch = collate([examples[i] for i in chosen]).to(encoder.backbone.device)
-        with torch.no_grad(), attending(encoder.backbone, watch.recorder(batch), dense_mask=True):
+        batch = collate([examples[i] for i in chosen])
+        with torch.no_grad(), attending(encoder.backbone, watch.recorder(batch, encoder.backbone.device), dense_mask=True):
             encoder.backbone(batch, stage.visibility)
         free += _gradients(encoder.backbone, batch, stage, promise)
-        with attending(encoder.backbone, _without(batch, promise.through)):
+        with attending(encoder.backbone, _without(batch, promise.through, encoder.backbone.device)):
             cut += _gradients(encoder.backbone, batch, stage, promise)
     # A stage with two kinds of readers, as in coma-rebuild, is shown one; a role without tokens has no attention to tell of.
     there = [i for i, tokens in enumerate(watch.tokens.tolist()) if tokens]
-    mass = torch.stack([watch.mass[layer] for layer in sorted(watch.mass)]) / watch.tokens[:, None]
+    mass = torch.stack([watch.mass[layer] for layer in sorted(watch.mass)]).cpu() / watch.tokens[:, None]
     return MaskReport(
         recipe=encoder.recipe.name,
         stage=stage.name,
@@ -164,7 +164,7 @@ def mask_check(encoder: Encoder, dialogues: Sequence[Dialogue]) -> MaskReport:
         dialogues=len(dialogues),
         roles=tuple(watch.roles[i] for i in there),
         leak=torch.stack([watch.leak[layer] for layer in sorted(watch.leak)]).cpu().numpy(),
-        mass=mass[:, :, there][..., there].cpu().numpy(),
+        mass=mass[:, :, there][..., there].numpy(),
         difference=watch.difference,
         tolerance=watch.tolerance,
         gradient=min(free),
@@ -206,13 +206,12 @@ class _Watch:
         self.tokens = torch.zeros(len(roles))
         self.difference = self.tolerance = 0.0
 
-    def recorder(self, batch: Batch) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def recorder(self, batch: Batch, device: torch.device) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """What `attending` needs to record one batch."""
-        ids = torch.tensor([ROLE_ID[role] for role in self.roles], device=batch.roles.device)
-        places = (batch.roles.unsqueeze(-1) == ids).float()
+        places = (batch.roles.unsqueeze(-1) == torch.tensor([ROLE_ID[role] for role in self.roles])).float()
         reader, hidden = (places[..., self.roles.index(role)].bool() for role in (self.promise.reader, self.promise.hidden))
-        forbidden = (reader.unsqueeze(2) & hidden.unsqueeze(1)).unsqueeze(1)
-        self.tokens = self.tokens.to(places.device) + places.sum((0, 1))
+        self.tokens += places.sum((0, 1))
+        places, forbidden = places.to(device), (reader.unsqueeze(2) & hidden.unsqueeze(1)).unsqueeze(1).to(device)
 
         def wrap(inner: Callable[..., Any]) -> Callable[..., Any]:
             def record(
@@ -244,9 +243,9 @@ class _Watch:
         self.tolerance = 1e-4 if out.dtype == torch.float32 else 2e-2
 
 
-def _without(batch: Batch, role: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _without(batch: Batch, role: str, device: torch.device) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Attention that passes the same numbers, but no gradient through keys and values of a role."""
-    cut = (batch.roles == ROLE_ID[role])[:, None, :, None]
+    cut = (batch.roles == ROLE_ID[role])[:, None, :, None].to(device)
 
     def wrap(inner: Callable[..., Any]) -> Callable[..., Any]:
         def detached(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **rest: Any) -> Any:
@@ -270,6 +269,6 @@ def _gradients(backbone: Backbone, batch: Batch, stage: Stage, promise: Bottlene
     labels = batch.labels.masked_fill(batch.roles != ROLE_ID[promise.reader], IGNORE)
     losses, _ = next_token(hidden, labels, batch.example, batch.size, backbone.head)
     found = torch.autograd.grad(losses.sum(), leaves)
-    size = torch.stack([gradient.float().abs().amax(-1) for gradient in found]).amax(0)
+    size = torch.stack([gradient.float().abs().amax(-1) for gradient in found]).amax(0).cpu()
     owner = batch.example[batch.ids == backbone.image_id]
-    return torch.zeros(batch.size, device=size.device).scatter_reduce(0, owner, size, "amax").tolist()
+    return torch.zeros(batch.size).scatter_reduce(0, owner, size, "amax").tolist()

@@ -77,11 +77,11 @@ def states(encoder: Encoder, items: Sequence[Any]) -> list[np.ndarray]:
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
     found: dict[int, np.ndarray] = {}
     for chosen in budget([len(examples[i]) for i in order], TOKENS):
-        batch = collate([examples[order[i]] for i in chosen]).to(encoder.backbone.device)
+        batch = collate([examples[order[i]] for i in chosen])
         with torch.no_grad():
             hidden = encoder.backbone(batch, stage.visibility)
-        compression = batch.roles == ROLE_ID["compression"]
-        found |= {order[i]: hidden[compression & (batch.example == place)].float().cpu().numpy() for place, i in enumerate(chosen)}
+        compression, states = batch.roles == ROLE_ID["compression"], hidden.float().cpu()
+        found |= {order[i]: states[compression & (batch.example == place)].numpy() for place, i in enumerate(chosen)}
     return [found[i] for i in range(len(examples))]
 
 

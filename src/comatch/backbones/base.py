@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from tokenizers import AddedToken
@@ -19,10 +20,12 @@ from comatch.backbones.folder import read_model, read_processor, read_tokenizer
 from comatch.backbones.registry import family, resolve
 from comatch.backbones.stills import still
 from comatch.backbones.store import DiskStore, Store, recall
+from comatch.backbones.tower import lookups
 from comatch.backbones.unread import leaving_out
 from comatch.core.batch import BARE_IMAGE, Batch
 from comatch.core.masks import dense
 from comatch.core.segments import Segments, compile_segments
+from comatch.devices import moved
 from comatch.errors import ModelError
 from comatch.recipe import Recipe, Visibility
 
@@ -163,13 +166,16 @@ class Backbone(nn.Module):
         # On a CPU the patch convolution's bf16 backward takes eight times as long as float32's, so autocast stays outside.
         low = torch.autocast(pixels.device.type, enabled=pixels.device.type != "cpu" and torch.is_autocast_enabled())
         with low, still(self.vision_tower.patch_embed.proj):
-            out = self.stock.model.get_image_features(pixels, grids)
+            # Not by way of get_image_features: which of its features are cut apart by picture differs between releases of transformers.
+            known = lookups(self.vision_tower, grids, self.device)
+            out = self.vision_tower(pixels.to(self.vision_tower.dtype), grid_thw=grids, **known)
         layers = [out.pooler_output, *(out.deepstack_features if self.family.deepstack else ())]
-        return [torch.stack(picture) for picture in zip(*layers, strict=True)]
+        counts = grids.prod(1) // self.vision_tower.spatial_merge_size**2
+        return list(torch.split(torch.stack(layers), counts.tolist(), dim=1))
 
     def pixels(self, patches: torch.Tensor) -> torch.Tensor:
-        """Patches as the processor normalises them: uint8 to float32, both [patches, 3 * patch * patch]."""
-        pixels = patches.reshape(-1, 3, self.processor.patch_size**2).float() / 255
+        """Patches as the processor normalises them: uint8 in host memory to float32 on the device, both [patches, 3 * patch * patch]."""
+        pixels = moved(patches, self.device).reshape(-1, 3, self.processor.patch_size**2).float() / 255
         return ((pixels - self.mean.view(3, 1)) / self.std.view(3, 1)).flatten(1)
 
     def _vision_settings(self) -> list[str]:
@@ -183,7 +189,7 @@ class Backbone(nn.Module):
         batch: Batch,
         visibility: Visibility,
         vision: Vision | None = None,
-        read: torch.Tensor | None = None,
+        read: np.ndarray | None = None,
         cache: Cache | None = None,
     ) -> torch.Tensor:
         """Hidden states after the final norm: [rows, seq, dim].
@@ -198,42 +204,47 @@ class Backbone(nn.Module):
             place = batch.ids == self.image_id
             if int(place.sum()) != len(vision.tokens):
                 raise ModelError(f"{int(place.sum())} picture tokens in the text but {len(vision.tokens)} from the vision tower")
-            states = states.masked_scatter(place.unsqueeze(-1), vision.tokens.to(states.dtype))
+            states = _with(states, place, vision.tokens)
             if vision.deep:
-                extra = {"visual_pos_masks": place, "deepstack_visual_embeds": list(vision.deep)}
+                extra = {"visual_pos_masks": moved(place, self.device), "deepstack_visual_embeds": list(vision.deep)}
         # What may see what travels as an extra keyword down to our attention function; the stock mask code then builds no mask.
         extra |= self.visible(batch, visibility)
-        with leaving_out(self.text.layers, batch, visibility, read):
+        with leaving_out(self.text.layers, batch, visibility, read, self.device):
             extra |= {"past_key_values": cache, "use_cache": cache is not None}
-            out = self.text(inputs_embeds=states, position_ids=batch.positions, **extra)
+            out = self.text(inputs_embeds=states, position_ids=moved(batch.positions, self.device), **extra)
         hidden: torch.Tensor = out.last_hidden_state
         return hidden
 
     def further(self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: Cache) -> torch.Tensor:
         """Hidden states of text that goes on where `cache` ends, which takes in its keys and values: [rows, seq, dim].
 
-        ids, positions: [rows, seq] int64. mask: bool [rows, 1, seq, cached + seq], True where a query sees a key.
+        ids, positions: [rows, seq] int64. mask: bool [rows, 1, seq, cached + seq], True where a query sees a key. All in host memory.
         """
-        states, axes = self.embed(ids), positions.expand(3, *positions.shape)
-        out = self.text(inputs_embeds=states, position_ids=axes, past_key_values=cache, use_cache=True, visibility_mask=mask)
+        axes, mask = (moved(x, self.device) for x in (positions.expand(3, *positions.shape), mask))
+        out = self.text(inputs_embeds=self.embed(ids), position_ids=axes, past_key_values=cache, use_cache=True, visibility_mask=mask)
         hidden: torch.Tensor = out.last_hidden_state
         return hidden
 
     def visible(self, batch: Batch, visibility: Visibility) -> dict[str, Any]:
         """What our attention function is to be handed: segments where the table has that form, else the dense mask, with one warning."""
         if not self.dense_mask:
-            segments = compile_segments(batch.roles, batch.example, visibility, batch.loans)
+            segments = compile_segments(batch.roles, batch.example, visibility, batch.loans, self.device)
             if isinstance(segments, Segments):
                 return {"segments": segments}
             warn_once(f"visibility {list(visibility.table)} runs on the slow dense mask, because {segments}")
-        return {"visibility_mask": dense(batch.roles, batch.example, visibility, batch.loans)}
+        roles, example = (moved(x, self.device) for x in (batch.roles, batch.example))
+        return {"visibility_mask": dense(roles, example, visibility, batch.loans)}
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Token embeddings [rows, seq, dim]; ids of compression tokens take our trained rows instead of the vocabulary's."""
+        """Token embeddings [rows, seq, dim]; ids of compression tokens take our trained rows instead of the vocabulary's.
+
+        ids: [rows, seq] int64 in host memory.
+        """
         ours = (ids >= self.first_token) & (ids < self.first_token + len(self.rows))
-        states: torch.Tensor = self.text.embed_tokens(ids.masked_fill(ours, 0).masked_fill(ids == BARE_IMAGE, self.image_id))
+        plain = ids.masked_fill(ours, 0).masked_fill(ids == BARE_IMAGE, self.image_id)
+        states: torch.Tensor = self.text.embed_tokens(moved(plain, self.device))
         if len(self.rows):
-            states = states.masked_scatter(ours.unsqueeze(-1), self.rows[(ids - self.first_token)[ours]].to(states.dtype))
+            states = _with(states, ours, self.rows[moved((ids - self.first_token)[ours], self.device)])
         return states
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -276,3 +287,10 @@ class Backbone(nn.Module):
         table = table[: self.first_token]
         noise = torch.randn(tokens, table.shape[1], generator=torch.Generator().manual_seed(seed)).to(table.device)
         return table.mean(0) + 0.1 * table.std(0) * noise
+
+
+def _with(states: torch.Tensor, place: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """The states with `values` [places, dim] in some places, in order. states: [rows, seq, dim]. place: bool [rows, seq] in host memory."""
+    # The result is no view of another shape: a compiled first layer would be compiled apart from the others for that.
+    at = tuple(moved(x, states.device) for x in place.nonzero(as_tuple=True))
+    return states.index_put(at, values.to(states.dtype))

@@ -10,6 +10,7 @@ from torch import nn
 
 from comatch.backbones.base import Backbone
 from comatch.core.batch import Batch
+from comatch.devices import moved
 from comatch.recipe import Visibility
 
 
@@ -39,10 +40,10 @@ class PatchDecoder(nn.Module):
     def forward(self, hidden: torch.Tensor, batch: Batch, visibility: Visibility, backbone: Backbone) -> torch.Tensor:
         """Pixels of the hidden visual tokens: [hidden tokens, merge * merge * 3 * patch * patch]. hidden: [rows, seq, dim]."""
         if len(self.layers):
-            rotary, visible = backbone.text.rotary_emb(hidden, batch.positions), backbone.visible(batch, visibility)
+            rotary, visible = backbone.text.rotary_emb(hidden, moved(batch.positions, hidden.device)), backbone.visible(batch, visibility)
             for layer in self.layers:
                 hidden = layer(hidden, attention_mask=None, position_embeddings=rotary, use_cache=False, **visible)
-        predicted: torch.Tensor = self.out(hidden.flatten(0, 1)[batch.target_places])
+        predicted: torch.Tensor = self.out(hidden.flatten(0, 1)[moved(batch.target_places, hidden.device)])
         return predicted
 
 

@@ -12,43 +12,48 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from comatch.core.batch import ROLE_ID, Batch
+from comatch.devices import moved
 from comatch.recipe import Visibility
 
 
 @contextmanager
-def leaving_out(layers: Sequence[Any], batch: Batch, visibility: Visibility, read: torch.Tensor | None) -> Iterator[None]:
+def leaving_out(
+    layers: Sequence[Any], batch: Batch, visibility: Visibility, read: np.ndarray | None, device: torch.device
+) -> Iterator[None]:
     """Inside the block the last `layers` compute what `read` needs; all other states of the result are unusable.
 
-    read: bool [rows, seq], the places whose final states are read; None is all. A layer that is compiled, or computed again in the backward
-    pass, is left as it is: the first would be compiled for every batch, the second would find no hook the second time.
+    read: bool [rows, seq], the places whose final states are read; None is all. device: where the layers are. A layer that is compiled, or
+    computed again in the backward pass, is left as it is: the first would be compiled for every batch, the second would find no hook the
+    second time.
     """
     with ExitStack() as hooks:
         for layer, need in zip(reversed(layers), needed(batch, visibility, read), strict=False):
             again = getattr(layer, "gradient_checkpointing", False) and torch.is_grad_enabled()
             if not again and getattr(layer, "_compiled_call_impl", None) is None:
-                place = need.flatten().nonzero().squeeze(1)
+                place = moved(torch.from_numpy(np.flatnonzero(need)), device)
                 for module in (layer.self_attn.o_proj, layer.mlp):
                     for hook in _only(module, place):
                         hooks.callback(hook.remove)
         yield
 
 
-def needed(batch: Batch, visibility: Visibility, read: torch.Tensor | None) -> Iterator[torch.Tensor]:
+def needed(batch: Batch, visibility: Visibility, read: np.ndarray | None) -> Iterator[np.ndarray]:
     """The places [rows, seq] whose states are needed after the last layer, after the one before it, and so on while some are not."""
     if read is None:
         return
-    valid = batch.example >= 0
+    roles, valid = batch.roles.numpy(), (batch.example >= 0).numpy()
     need = read & valid
-    while not torch.equal(need, valid):
+    while not np.array_equal(need, valid):
         yield need
-        readers = [role for role in visibility.roles if bool((batch.roles[need] == ROLE_ID[role]).any())]
+        readers = [role for role in visibility.roles if (roles[need] == ROLE_ID[role]).any()]
         seen = [ROLE_ID[role] for role in visibility.roles if any(visibility.sees(reader, role) for reader in readers)]
-        need = need | (torch.isin(batch.roles, torch.tensor(seen, device=need.device, dtype=batch.roles.dtype)) & valid)
+        need = need | (np.isin(roles, seen) & valid)
 
 
 def _only(module: nn.Module, place: torch.Tensor) -> tuple[RemovableHandle, RemovableHandle]:

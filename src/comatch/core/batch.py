@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -62,6 +62,9 @@ class Loan(NamedTuple):
 class Batch:
     """Examples laid into rows; several examples may share a row.
 
+    A batch stays in host memory. What is planned from it (segments, places of labels, owners of tokens) is computed there, and only what a
+    kernel reads goes to the device, by `comatch.devices.moved`: nobody waits for a device to learn what it was just told.
+
     ids, labels: [rows, seq] int64. roles: [rows, seq] int8, -1 on padding. example: [rows, seq] int64, index of the example, -1 on padding.
     positions: [3, rows, seq] int64. patches: [patches, 3 * patch * patch] uint8, pictures in the order their tokens stand when rows are
     read from left to right and top to bottom. grids: [pictures, 3] int64. size: number of examples. pictures, targets: as in Example.
@@ -82,11 +85,3 @@ class Batch:
     targets: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.uint8))
     target_places: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     loans: tuple[Loan, ...] = ()
-
-    def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device; to a GPU through pinned memory, so that nobody waits for the copy."""
-        held = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), torch.Tensor)}
-        if torch.device(device).type == "cuda":
-            held = {name: value.pin_memory() if value.device.type == "cpu" else value for name, value in held.items()}
-        moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in held.items()}
-        return replace(self, **moved)

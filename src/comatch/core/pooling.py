@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from comatch.core.batch import ROLE_ID
+from comatch.devices import moved
 
 
 def pool(hidden: torch.Tensor, roles: torch.Tensor, example: torch.Tensor, size: int, how: str, vectors: int = 1) -> torch.Tensor:
     """Pool the states of each example and normalise (specs/coma.md 1.4).
 
-    hidden: [rows, seq, dim]. roles, example: [rows, seq], -1 on padding. how: one of `comatch.recipe.POOLINGS`.
+    hidden: [rows, seq, dim], on any device. roles, example: [rows, seq] in host memory, -1 on padding. how: one of
+    `comatch.recipe.POOLINGS`.
     Returns float32 [size, dim] of unit length, or [size, vectors, dim] for more than one.
     """
     means = group_means(hidden, roles, example, size, how, vectors)
@@ -29,23 +32,24 @@ def group_means(hidden: torch.Tensor, roles: torch.Tensor, example: torch.Tensor
     chosen = example >= 0
     if how.endswith("compression"):
         chosen &= roles == ROLE_ID["compression"]
-    owner = example[chosen]
+    owner, places = example[chosen], chosen.flatten().nonzero().squeeze(1)
+    states = hidden.flatten(0, 1)
     if how.startswith("last"):
-        flat = torch.arange(chosen.numel(), device=hidden.device).view_as(chosen)[chosen]
-        last = torch.full((size,), -1, dtype=flat.dtype, device=hidden.device).scatter_reduce(0, owner, flat, "amax")
-        return hidden.flatten(0, 1)[last].float().unsqueeze(1)
+        last = torch.full((size,), -1).scatter_reduce(0, owner, places, "amax")
+        return states[moved(last, hidden.device)].float().unsqueeze(1)
     count = torch.bincount(owner, minlength=size)
     if groups > 1:
         # The tokens of an example stand together, in order.
-        places = torch.arange(len(owner), device=owner.device)
-        start = torch.full((size,), len(owner), device=owner.device).scatter_reduce(0, owner, places, "amin")
-        owner = owner * groups + (places - start[owner]) * groups // count[owner]
+        order = torch.arange(len(owner))
+        start = torch.full((size,), len(owner)).scatter_reduce(0, owner, order, "amin")
+        owner = owner * groups + (order - start[owner]) * groups // count[owner]
         count = torch.bincount(owner, minlength=size * groups)
+    places, owner, count = (moved(x, hidden.device) for x in (places, owner, count))
     total = torch.zeros(size * groups, hidden.shape[-1], dtype=torch.float32, device=hidden.device)
-    total = total.index_add(0, owner, hidden[chosen].float())
+    total = total.index_add(0, owner, states[places].float())
     return (total / count.unsqueeze(1)).view(size, groups, -1)
 
 
-def pooled(roles: torch.Tensor, how: str | None) -> torch.Tensor | None:
+def pooled(roles: torch.Tensor, how: str | None) -> np.ndarray | None:
     """Which states a pooling reads: bool like `roles` [rows, seq], or None where it may be any."""
-    return roles == ROLE_ID["compression"] if how and how.endswith("compression") else None
+    return (roles == ROLE_ID["compression"]).numpy() if how and how.endswith("compression") else None

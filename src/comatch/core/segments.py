@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from comatch.core.batch import PADDING, Loan
+from comatch.devices import HOST, moved
 from comatch.recipe import ROLES, Visibility
 
 
@@ -31,7 +32,7 @@ class Piece:
     kept: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen, nor is Segments: torch 2.11 looks into frozen ones, and compiles layers anew for each number of segments
 class Block:
     """Segments for one attention call, sorted by length.
 
@@ -50,7 +51,7 @@ class Block:
     groups: tuple[tuple[int, int, int], ...]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Segments:
     """A batch's visibility as plain attention calls: at most one causal and one full.
 
@@ -93,13 +94,18 @@ def pieces(visibility: Visibility, runs: tuple[str, ...]) -> tuple[Piece, ...] |
 
 
 def compile_segments(
-    roles: torch.Tensor, example: torch.Tensor, visibility: Visibility, loans: Sequence[Loan] = ()
+    roles: torch.Tensor,
+    example: torch.Tensor,
+    visibility: Visibility,
+    loans: Sequence[Loan] = (),
+    device: torch.device = HOST,
 ) -> Segments | str:
     """A batch's visibility as plain attention calls, or the reason, in words, why only the dense mask can express it.
 
-    roles, example, loans: as in `Batch`. The result equals `core.masks.dense` on every place that is not padding.
+    roles, example, loans: as in `Batch`, in host memory. device: where the calls are to run. The result equals `core.masks.dense` on
+    every place that is not padding.
     """
-    role, owner = (x.cpu().numpy().ravel() for x in (roles, example))
+    role, owner = (x.numpy().ravel() for x in (roles, example))
     line = np.arange(len(role)) // roles.shape[1]
     begins = np.ones(len(role), bool)
     begins[1:] = (np.diff(owner) != 0) | (np.diff(line) != 0)
@@ -123,11 +129,11 @@ def compile_segments(
             (causal if piece.causal else full).append(alike)
     blocks, source, done = [], np.zeros(len(role), np.int64), 0
     for segments in filter(None, (causal, full)):
-        block, places, kept = _block(segments is causal, segments, starts, lengths, roles.device)
+        block, places, kept = _block(segments is causal, segments, starts, lengths, device)
         source[places[kept]] = done + np.flatnonzero(kept)
         done += len(places)
         blocks.append(block)
-    return Segments(tuple(blocks), _index(source, done, roles.device))
+    return Segments(tuple(blocks), _index(source, done, device))
 
 
 @lru_cache(maxsize=8)
@@ -183,11 +189,12 @@ def _block(
     if not causal:
         runs, _ = _ragged([s.keys for s in segments], order)
         keys = _index(_places(starts[runs], lengths[runs]), total, device)
-    bounds = torch.from_numpy(np.cumsum(np.vstack([(0, 0), shapes[order]]), axis=0, dtype=np.int32)).to(device)
+    ends = np.cumsum(np.vstack([(0, 0), shapes[order]]), axis=0, dtype=np.int32)
+    bounds_q, bounds_k = (moved(torch.from_numpy(column), device) for column in ends.T.copy())
     alike, count = np.unique(shapes, axis=0, return_counts=True)
     groups = tuple((int(n), int(q), int(k)) for n, (q, k) in zip(count, alike, strict=True))
     longest_q, longest_k = shapes.max(0).tolist()
-    return Block(causal, queries, keys, bounds[:, 0].contiguous(), bounds[:, 1].contiguous(), longest_q, longest_k, groups), places, kept
+    return Block(causal, queries, keys, bounds_q, bounds_k, longest_q, longest_k, groups), places, kept
 
 
 def _ragged(runs: Sequence[np.ndarray], order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -207,4 +214,4 @@ def _index(places: np.ndarray, total: int, device: torch.device) -> torch.Tensor
     """None where the places are all rows in order, so that nothing need be moved."""
     if len(places) == total and bool((np.diff(places) == 1).all()):
         return None
-    return torch.from_numpy(places).to(device)
+    return moved(torch.from_numpy(places), device)

@@ -27,10 +27,10 @@ def distillation(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Divergence of each example, averaged over its supervised tokens.
 
-    hidden, taught: [rows, seq, dim], states of student and teacher. labels, example: [rows, seq] as for `next_token`. heads: of student
+    hidden, taught: [rows, seq, dim], states of student and teacher. labels, example: [rows, seq], as for `next_token`. heads: of student
     and teacher. chunk: rows of one call of the heads. Returns (loss [size]; [2] = labels that the student has first, all labels).
     """
-    place, targets, count = supervised_rows(labels, example, size)
+    place, targets, owner, count = supervised_rows(labels, example, size, hidden.device)
     states, known = hidden.flatten(0, 1)[place], taught.flatten(0, 1)[place].detach()
     losses, right = [], torch.zeros((), dtype=torch.long, device=hidden.device)
     for start in range(0, len(place), chunk):
@@ -42,7 +42,7 @@ def distillation(
             loss, hits = _divergence(*rows)
         losses.append(loss)
         right = right + hits
-    return per_example(torch.cat(losses), place, example, count), torch.stack([right, count.sum()])
+    return per_example(torch.cat(losses), owner, count), torch.stack([right, count.sum()])
 
 
 def _divergence(

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from comatch.devices import moved
+
 IGNORE = -100
 ROWS = 128
 """The head sees a multiple of this many rows: few shapes, so that kernels and their caches are used again."""
@@ -32,11 +34,11 @@ def next_token(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy of each example, averaged over its supervised tokens.
 
-    hidden: [rows, seq, dim]. labels: [rows, seq], the token to predict from each place, negative for none. example: [rows, seq].
-    head: [n, dim] -> [n, vocabulary], a frozen one gets no gradient of its weight. chunk: rows of one call of the head, a multiple of
-    128. Returns (loss [size] in float32 or better, 0 where nothing is supervised; [2] = tokens predicted right, tokens).
+    hidden: [rows, seq, dim], on any device. labels: [rows, seq], the token to predict from each place, negative for none; example: [rows,
+    seq]; both in host memory. head: [n, dim] -> [n, vocabulary], a frozen one gets no gradient of its weight. chunk: rows of one call of
+    it, a multiple of 128. Returns (loss [size] in float32 or better, 0 where nothing is supervised; [2] = tokens predicted right, tokens).
     """
-    place, targets, count = supervised_rows(labels, example, size)
+    place, targets, owner, count = supervised_rows(labels, example, size, hidden.device)
     states = hidden.flatten(0, 1)[place]
     losses, right = [], torch.zeros((), dtype=torch.long, device=hidden.device)
     for start in range(0, len(place), chunk):
@@ -47,22 +49,28 @@ def next_token(
             loss, hits = _cross_entropy(head, *part)
         losses.append(loss)
         right = right + hits
-    return per_example(torch.cat(losses), place, example, count), torch.stack([right, count.sum()])
+    return per_example(torch.cat(losses), owner, count), torch.stack([right, count.sum()])
 
 
-def supervised_rows(labels: torch.Tensor, example: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Places of the flattened batch that carry a label, and the labels, both filled up to a multiple of ROWS; labels of each example."""
+def supervised_rows(
+    labels: torch.Tensor, example: torch.Tensor, size: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Places of the flattened batch that carry a label, their labels and examples, filled up to a multiple of ROWS; labels of each example.
+
+    labels, example: in host memory; what is returned is on `device`.
+    """
     place = (labels >= 0).flatten().nonzero().squeeze(1)
-    count = torch.bincount(example.flatten()[place], minlength=size)
+    owner = example.flatten()[place]
+    count = torch.bincount(owner, minlength=size)
     spare = -len(place) % ROWS if len(place) else ROWS  # a batch without labels still reaches the weights, with zeros
     targets = F.pad(labels.flatten()[place], (0, spare), value=IGNORE)
-    return F.pad(place, (0, spare)), targets, count
+    place, owner = (F.pad(x, (0, spare)) for x in (place, owner))
+    return moved(place, device), moved(targets, device), moved(owner, device), moved(count, device)
 
 
-def per_example(each: torch.Tensor, place: torch.Tensor, example: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """Means over the labels of each example: [size]. each: loss of every place, 0 where it was only filled up."""
-    total = each.new_zeros(len(count)).index_add(0, example.flatten()[place].clamp(min=0), each)
-    return total / count.clamp(min=1)
+def per_example(each: torch.Tensor, owner: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """Means over the labels of each example: [size]. each: loss of every place, 0 where it was only filled up; owner: its example."""
+    return each.new_zeros(len(count)).index_add(0, owner, each) / count.clamp(min=1)
 
 
 def _cross_entropy(head: Head, states: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

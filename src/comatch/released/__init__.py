@@ -17,7 +17,8 @@ from comatch.backbones.base import Backbone
 from comatch.backbones.folder import read_model, read_processor, read_tokenizer
 from comatch.backbones.registry import ADAPTER, family, read_json, resolve
 from comatch.data.images import ImageSettings
-from comatch.encoder import Encoder, default_device
+from comatch.devices import default_device
+from comatch.encoder import Encoder
 from comatch.errors import ModelError
 from comatch.recipe import Prompt, Recipe
 from comatch.released.records import NAMES as NAMES

@@ -14,7 +14,7 @@ from comatch.backbones.folder import check_loaded
 from comatch.backbones.registry import ADAPTER, check_folder
 from comatch.content import Image, Message, Text, as_messages
 from comatch.core.fingerprint import Fingerprint
-from comatch.encoder import default_device
+from comatch.devices import default_device
 from comatch.errors import ContentError, MissingExtra, ModelError
 
 CHUNK = 256

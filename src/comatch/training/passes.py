@@ -86,7 +86,7 @@ def run_backward(accelerator: Accelerator, model: nn.Module, loss: torch.Tensor,
 
 
 def _batch(examples: Sequence[Example], device: torch.device) -> Batch:
-    return collate(examples, multiple=MULTIPLE if device.type == "cpu" else 2 * MULTIPLE).to(device)
+    return collate(examples, multiple=MULTIPLE if device.type == "cpu" else 2 * MULTIPLE)
 
 
 def _split(chosen: Sequence[int], examples: Sequence[Example], tokens: int, patches: int | None) -> list[list[int]]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from comatch.backbones.base import Backbone
 from comatch.core.batch import IGNORE, PADDING, ROLE_ID, Batch, Example
+from comatch.devices import moved
 from comatch.errors import ConfigError, TrainingError
 from comatch.objectives.distillation import distillation
 from comatch.objectives.orthogonality import orthogonality
@@ -55,25 +56,29 @@ def token_step(
     """Forward and backward of a stage's objectives on rows with labels or hidden patches; gradients are those of the global means.
 
     examples: this rank's. Each objective is a mean over the examples of all ranks that have something for it: a picture without text counts
-    for masked patches only. beside: the decoder or teacher that the stage needs.
+    for masked patches only. beside: the decoder or teacher that the stage needs. Raises TrainingError on every rank where a loss is not
+    finite; by then there are gradients, and no optimizer has seen them.
     """
     backbone, beside = accelerator.unwrap_model(model), beside or Beside()
     planned = plan_passes(accelerator, backbone, examples, tokens, patches)
     names = [name for name in stage.objectives if name != "contrastive"]
-    there = torch.tensor([[_concerns(name, e, stage) for name in names] for e in examples], device=accelerator.device)
-    counts = accelerator.reduce(there.sum(0), "sum").clamp(min=1).tolist()
+    there = torch.tensor([[_concerns(name, e, stage) for name in names] for e in examples])
+    counts = accelerator.reduce(moved(there.sum(0), accelerator.device), "sum").clamp(min=1).tolist()
     sums = torch.zeros(len(names) + 2, device=accelerator.device)
     for i, part in reversed(list(enumerate(planned))):
         real = bool(part.members)
         with no_sync(accelerator, model), accelerator.autocast():
             losses, hits = row_losses(accelerator, model, part.batch, stage, beside)
-            check_finite(losses, "loss")
         scale = [accelerator.num_processes * stage.objectives[name] / count * real for name, count in zip(names, counts, strict=True)]
-        run_backward(accelerator, model, (losses * losses.new_tensor(scale)).sum(), last=i == 0)
+        weighed = sum((loss * factor for loss, factor in zip(losses, scale, strict=True)), losses.new_zeros(()))
+        run_backward(accelerator, model, weighed, last=i == 0)
         if real:
             sums += torch.cat([losses.detach(), hits])
     beside.average(accelerator)
-    *totals, right, supervised = accelerator.reduce(sums, "sum").tolist()
+    sums = accelerator.reduce(sums, "sum")
+    # Once a step and not once a pass, since who looks at a loss waits for the device; and on all ranks, so that none waits for another.
+    check_finite(sums, "loss")
+    *totals, right, supervised = sums.tolist()
     parts = {name: total / count for name, total, count in zip(names, totals, counts, strict=True)}
     loss = sum(stage.objectives[name] * part for name, part in parts.items())
     return StepResult(loss, right / max(supervised, 1), len(examples), sum(map(len, examples)), *fill(planned), parts=parts)
@@ -92,7 +97,7 @@ def row_losses(
     tokens = batch.roles == ROLE_ID["compression"]
     read = (batch.labels >= 0) | tokens if "orthogonality" in stage.objectives else batch.labels >= 0
     # The decoder's layers look at all states, the other objectives at these.
-    hidden = model(batch, stage.visibility, vision, None if beside.decoder else read)
+    hidden = model(batch, stage.visibility, vision, None if beside.decoder else read.numpy())
     losses, hits = list[torch.Tensor](), torch.zeros(2, device=hidden.device)
     rows = batch.example, batch.size
     for name in stage.objectives:

@@ -21,6 +21,7 @@ from torch import nn
 from comatch.backbones.base import Backbone, Vision
 from comatch.config import StageRun
 from comatch.core.pooling import group_means, pooled
+from comatch.devices import moved
 from comatch.errors import ConfigError, TrainingError
 from comatch.objectives.contrastive import Pairing, info_nce
 from comatch.objectives.temperature import Temperature
@@ -68,13 +69,13 @@ def contrastive_step(
         found.append(means.detach()[: len(part.members)])
         if keep:
             kept[i] = means
-    order = torch.tensor([j for part in planned for j in part.members], device=accelerator.device)
-    vectors = torch.cat(found)[torch.argsort(order)][place.to(accelerator.device)]
+    order = torch.argsort(torch.tensor([j for part in planned for j in part.members]))
+    vectors = torch.cat(found)[moved(order[place], accelerator.device)]
     result, gradient = _loss(accelerator, vectors, kinds, keys, len(chosen), run, stage, temperature or Temperature(run.loss), guide)
-    merged = torch.zeros_like(gradient[: len(chosen)]).index_add_(0, place.to(gradient.device), gradient)
+    merged = torch.zeros_like(gradient[: len(chosen)]).index_add_(0, moved(place, gradient.device), gradient)
     for i, part in reversed(list(enumerate(planned))):
         means = kept.pop(i) if i in kept else once(i, part)
-        weights = merged[part.members] if part.members else torch.zeros_like(means)
+        weights = merged[moved(torch.tensor(part.members), merged.device)] if part.members else torch.zeros_like(means)
         run_backward(accelerator, model, (means * weights).sum(), last=i == 0)
     filled, slots = fill(planned)
     return StepResult(examples=len(samples), tokens=sum(map(len, examples)), filled=filled, slots=slots, **result)
@@ -190,15 +191,15 @@ def _loss(
     guide: torch.Tensor | None,
 ) -> tuple[dict[str, Any], torch.Tensor]:
     """Figures of the global loss, and its gradient by this rank's vectors, times the number of ranks (the later mean divides)."""
-    sizes = accelerator.gather(torch.tensor([[len(vectors), encoded]], device=accelerator.device))
+    sizes = accelerator.gather(moved(torch.tensor([[len(vectors), encoded]]), accelerator.device))
     counts = sizes[:, 0].tolist()
     everything = _gather(accelerator, vectors, counts).requires_grad_(True)
     check_finite(everything, "vectors")
-    kind, key = (_gather(accelerator, x.to(accelerator.device), counts) for x in (kinds, keys))
+    kind, key = (_gather(accelerator, moved(x, accelerator.device), counts) for x in (kinds, keys))
     query = kind == _QUERY
     # A sample's items stand together behind their query, so counting queries numbers the samples of all ranks.
     pairing = Pairing((query.cumsum(0) - 1)[~query], kind[~query] == _POSITIVE, key[query], key[~query])
-    judge = None if guide is None else _gather(accelerator, guide.to(accelerator.device), counts)
+    judge = None if guide is None else _gather(accelerator, moved(guide, accelerator.device), counts)
     weight = stage.objectives["contrastive"]
     with torch.enable_grad():
         scale = temperature()

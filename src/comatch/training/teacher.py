@@ -36,7 +36,7 @@ class Teacher:
         after = (batch.roles == ROLE_ID["dialogue"]) * gap[batch.example.clamp(min=0)]
         backbone = self.backbone
         with backbone.hf.disable_adapter() if adapters.adapted(backbone) else nullcontext():
-            hidden: torch.Tensor = backbone(replace(batch, positions=batch.positions - after), OPEN, vision, batch.labels >= 0)
+            hidden: torch.Tensor = backbone(replace(batch, positions=batch.positions - after), OPEN, vision, (batch.labels >= 0).numpy())
         return hidden
 
 

@@ -119,7 +119,7 @@ def _pairs(model: Backbone, stage: Stage, run: StageRun, samples: Sequence[Sampl
     """Plain InfoNCE on right pairs, and on pairs that are shifted by one and so all wrong."""
     vectors = []
     for side in (0, 1):
-        batches = (collate([sample.examples[side]]).to(model.device) for sample in samples)
+        batches = (collate([sample.examples[side]]) for sample in samples)
         parts = [pool(model(b, stage.visibility), b.roles, b.example, b.size, stage.pooling or "") for b in batches]
         vectors.append(torch.cat(parts).float())
     scores = vectors[0] @ vectors[1].T / run.loss.temperature

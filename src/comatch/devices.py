@@ -1,0 +1,19 @@
+"""Host memory and devices: a batch is planned in the one, and only what a kernel reads goes to the other."""
+
+from __future__ import annotations
+
+import torch
+
+HOST = torch.device("cpu")
+
+
+def moved(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on a device; from host memory to a GPU through pinned memory, so that nobody waits for the copy."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
+def default_device() -> str:
+    """Where a model goes if nobody says."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
