@@ -1,6 +1,7 @@
 # make venv         an environment in .venv, from this project's own files
 # make quickstart   the whole journey on the shipped nano model
 # make test         everything CI checks
+# make oldest       the tests on the oldest releases that pyproject.toml allows, in .venv-oldest (gigabytes: that torch comes with CUDA)
 VENV ?= .venv
 PYTHON ?= python3
 # One known release, installed before the rest: a plain `torch` is the newest, and on Linux that is gigabytes of CUDA
@@ -11,7 +12,7 @@ PIP := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check
 READY := $(VENV)/.ready
 HAS_TORCH := $(VENV)/bin/python -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') is None)"
 
-.PHONY: venv quickstart test lint bench
+.PHONY: venv quickstart test lint bench oldest
 venv: $(READY)
 
 ifneq ($(origin TORCH), file)
@@ -34,6 +35,11 @@ lint: venv
 
 test: lint
 	$(VENV)/bin/pytest
+
+oldest:
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install -qq --disable-pip-version-check --constraint tests/oldest.txt --editable '.[dev,plots]'
+	.venv-oldest/bin/pytest
 
 bench: venv
 	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(VENV)/bin/python "$$script"; done

@@ -38,6 +38,7 @@ from comatch.training.loader import Sample, batches
 from comatch.training.plan import open_parameters
 
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
+DEVICE = "cuda"
 VISUAL = 512
 RANK, ALPHA = 16, 64
 SIDES = ((1280, 960), (640, 480), (960, 640), (512, 512), (384, 288))
@@ -61,7 +62,7 @@ def random_model() -> tuple[Any, PreTrainedTokenizerFast, Qwen2VLImageProcessorP
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with torch.device("cuda"):
+        with torch.device(DEVICE):
             model = Qwen2_5_VLForConditionalGeneration(config)
     finally:
         torch.set_default_dtype(before)
@@ -87,7 +88,7 @@ class Both:
     """Our model and the reference-style path over equal weights, with an adapter that changes what they compute."""
 
     def __init__(self, recipe: Recipe, stage: Stage, kind: str, tokens: int, dry: bool, checkpointing: str = "none") -> None:
-        self.device = torch.device("cpu" if dry else "cuda")
+        self.device = torch.device("cpu" if dry else DEVICE)
         if dry:
             backbone = Backbone.load("comatch-nano", recipe)
         else:
@@ -112,7 +113,7 @@ class Both:
                 p += 0.02 * torch.randn_like(p)
         self.stage, self.backbone, self.encoder = stage, backbone.train(), Encoder(backbone, recipe)
         AcceleratorState._reset_state()
-        self.accelerator = Accelerator(cpu=dry, mixed_precision="no" if dry else "bf16")
+        self.accelerator = Accelerator(cpu=self.device.type == "cpu", mixed_precision="no" if dry else "bf16")
         self.reference = Reference(stock, backbone.processor, kind, RANK, ALPHA)
         self.reference.take(adapter_of(backbone))
 
@@ -248,7 +249,7 @@ def arguments(description: str, out: str, given: Sequence[str] | None, **more: A
     for name, default in more.items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
     asked = parser.parse_args(given)
-    if not asked.dry and not torch.cuda.is_available():
+    if not asked.dry and DEVICE == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no GPU here; --dry runs the script at nano scale on a CPU")
     asked.out = asked.out or (None if asked.dry else RESULTS / f"{out}.json")
     return asked

@@ -79,12 +79,15 @@ class There(torch.Tensor):
 
 
 class _Made(TorchFunctionMode):
-    """`torch.tensor` makes its tensor in the host's memory and copies it, below what `Pretended` sees."""
+    """`torch.tensor` and its like make a tensor in the host's memory and copy it, below what `Pretended` sees."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func is torch.tensor and kwargs.get("device") is not None and torch.device(kwargs["device"]).type == NAME:
-            return func(*args, **kwargs | {"device": "cpu"}).to(kwargs["device"])
+        asked = kwargs.get("device")
+        if func is torch.Tensor.new_tensor and isinstance(args[0], There):
+            return torch.tensor(*args[1:], **{"dtype": args[0].dtype} | kwargs).to(asked or args[0].device)
+        if func in (torch.tensor, torch.as_tensor) and asked is not None and torch.device(asked).type == NAME:
+            return func(*args, **kwargs | {"device": "cpu"}).to(asked)
         return func(*args, **kwargs)
 
 

@@ -181,3 +181,50 @@ def test_the_three_calls_are_under_ten_minutes_and_their_arguments_are_known(scr
 def test_without_a_gpu_it_says_so(script: Script, name: str) -> None:
     with pytest.raises(SystemExit, match="--dry"):
         script(name).main([])
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU would do, on a CPU: the 3B model's heads and windows, and next to nothing of its width, depth and vocabulary."""
+    large = importlib.import_module("large")
+
+    def config_of(name: str) -> Any:
+        config = real(name)
+        text, vision = config.text_config, config.vision_config
+        for key, value in {"hidden_size": 256, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 4096}.items():
+            setattr(text, key, value)
+        text.num_attention_heads, text.num_key_value_heads, text.layer_types = 2, 1, text.layer_types[:2]
+        for key, value in {"depth": 2, "hidden_size": 160, "intermediate_size": 96, "num_heads": 2, "out_hidden_size": 256}.items():
+            setattr(vision, key, value)
+        vision.fullatt_block_indexes = [1]
+        return config
+
+    real = large.config_of
+    monkeypatch.setattr(large, "config_of", config_of)
+    monkeypatch.setattr(large, "DEVICE", "cpu")
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("stage1", "--parts lora checkpointing --examples 5 --steps 1 --tokens 1500 --workers 1"),
+        ("stage2", "--parts pairs --pairs 8 --steps 1 --tokens 1500 --workers 1"),
+        ("memory", "--parts dora --tokens 3200"),
+        ("encode", "--parts mixed --items 6"),
+    ],
+)
+def test_what_only_a_gpu_does_runs_at_a_small_shape(script: Script, small: None, tmp_path: Path, name: str, given: str) -> None:
+    """Random weights, photographs of 140 to 504 visual tokens, bf16, loader processes: all that --dry leaves out."""
+    rounds = [] if name == "memory" else ["--rounds", "1"]
+    record = script(name).main([*given.split(), *rounds, "--out", str(tmp_path / "x.json")])
+    assert record["left_out"] == {} and record["measured"], "at a small shape on a CPU; of a GPU it would be a measurement"
+    for part in record["parts"].values():
+        assert part["left_out"] in ({}, []) or name in ("memory", "encode")
+        if name == "encode":
+            assert part["pictures"] and part["tokens"] > 600 and part["ways"]["padded"]["min_cosine"] > 0.99
+        elif "agreed" in part and "equal" in part["agreed"]:
+            cosines = part["agreed"]["cosine_to_float32"]
+            assert part["agreed"]["cosine"] > 0.99 and cosines["comatch"] > 0.99 > cosines["wrong"]

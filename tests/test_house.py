@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -149,3 +150,13 @@ def test_help_is_quick_and_light() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stderr.strip() == "set()"
+
+
+def test_the_oldest_releases_that_are_tested_are_the_oldest_that_are_allowed() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    named = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    allowed = {name: bound for line in named for name, bound in re.findall(r"^([\w-]+)>=([\d.]+)", line)}
+    pinned = re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / "tests" / "oldest.txt").read_text("utf-8"), re.MULTILINE)
+    assert len(pinned) == 4
+    for name, version in pinned:
+        assert f"{version}.".startswith(f"{allowed[name]}."), f"{name}: {version} is tested, {allowed[name]} is allowed"

@@ -34,6 +34,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts beside this folder
 
 import encode as cpu
+import large
 from large import arguments, in_parts, photographs, random_model, release
 from measure import compare, peak_bytes, ratio, told
 
@@ -56,7 +57,7 @@ def real(folder: Path) -> Encoder:
     for part in random_model():
         part.save_pretrained(folder)
     release()
-    return Encoder.load(folder, recipe=cpu.RECIPE, device="cuda", dtype=torch.bfloat16)
+    return Encoder.load(folder, recipe=cpu.RECIPE, device=large.DEVICE, dtype=torch.bfloat16)
 
 
 def make_items(kind: str, n: int, dry: bool) -> list[cpu.Item]:
@@ -165,7 +166,7 @@ def tell(kind: str, record: dict[str, Any]) -> None:
 def main(given: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, tell, write."""
     asked = arguments(__doc__.splitlines()[0], "gpu-encode", given, items=128, rounds=2)
-    device, n, rounds = ("cpu", 8, 1) if asked.dry else ("cuda", asked.items, asked.rounds)
+    device, n, rounds = ("cpu", 8, 1) if asked.dry else (large.DEVICE, asked.items, asked.rounds)
     with TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         encoder = Encoder.load("comatch-nano", recipe=cpu.RECIPE, device="cpu") if asked.dry else real(Path(scratch) / "made")
