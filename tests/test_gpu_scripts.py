@@ -202,27 +202,28 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     real = large.config_of
     monkeypatch.setattr(large, "config_of", config_of)
     monkeypatch.setattr(large, "DEVICE", "cpu")
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(
     ("name", "given"),
     [
-        ("stage1", "--parts lora checkpointing --examples 5 --steps 1 --tokens 1500 --workers 1"),
-        ("stage2", "--parts pairs --pairs 8 --steps 1 --tokens 1500 --workers 1"),
+        ("stage1", "--parts lora checkpointing --examples 4 --steps 1 --tokens 1500 --workers 1"),
+        ("stage2", "--parts pairs --pairs 4 --steps 1 --tokens 1500 --workers 1"),
         ("memory", "--parts dora --tokens 3200"),
         ("encode", "--parts mixed --items 6"),
     ],
 )
-def test_what_only_a_gpu_does_runs_at_a_small_shape(script: Script, small: None, tmp_path: Path, name: str, given: str) -> None:
+def test_what_only_a_gpu_does_runs_at_a_small_shape(
+    script: Script, small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, given: str
+) -> None:
     """Random weights, photographs of 140 to 504 visual tokens, bf16, loader processes: all that --dry leaves out."""
     rounds = [] if name == "memory" else ["--rounds", "1"]
-    record = script(name).main([*given.split(), *rounds, "--out", str(tmp_path / "x.json")])
+    module = script(name)
+    monkeypatch.setattr(module, "matmul_rate", lambda *_: 1e9, raising=name != "memory")  # half a minute at the real size
+    record = module.main([*given.split(), *rounds, "--out", str(tmp_path / "x.json")])
     assert record["left_out"] == {} and record["measured"], "at a small shape on a CPU; of a GPU it would be a measurement"
     for part in record["parts"].values():
-        assert part["left_out"] in ({}, []) or name in ("memory", "encode")
+        assert not part.get("left_out") or name == "encode", "where flash-attn is not"
         if name == "encode":
             assert part["pictures"] and part["tokens"] > 600 and part["ways"]["padded"]["min_cosine"] > 0.99
         elif "agreed" in part and "equal" in part["agreed"]:
