@@ -8,10 +8,11 @@ HOST = torch.device("cpu")
 
 
 def moved(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on a device; from host memory to a GPU through pinned memory, so that nobody waits for the copy."""
+    """A tensor of host memory on a device; on its way to a GPU it is pinned, so that nobody waits for the copy."""
     if device.type == "cuda" and x.device.type == "cpu":
         x = x.pin_memory()
-    return x.to(device, non_blocking=True)
+    # Apple's may still be reading when the copy's source is gone.
+    return x.to(device, non_blocking=device.type != "mps")
 
 
 def default_device() -> str:
