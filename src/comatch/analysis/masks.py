@@ -21,6 +21,7 @@ from comatch.backbones.base import Backbone, Vision
 from comatch.content import Dialogue, Message, Text
 from comatch.core.batch import IGNORE, ROLE_ID, Batch, Example
 from comatch.core.packing import budget, collate
+from comatch.devices import moved
 from comatch.encoder import Encoder
 from comatch.errors import ContentError, RecipeError
 from comatch.objectives.tokens import next_token
@@ -211,7 +212,7 @@ class _Watch:
         places = (batch.roles.unsqueeze(-1) == torch.tensor([ROLE_ID[role] for role in self.roles])).float()
         reader, hidden = (places[..., self.roles.index(role)].bool() for role in (self.promise.reader, self.promise.hidden))
         self.tokens += places.sum((0, 1))
-        places, forbidden = places.to(device), (reader.unsqueeze(2) & hidden.unsqueeze(1)).unsqueeze(1).to(device)
+        places, forbidden = moved(places, device), moved((reader.unsqueeze(2) & hidden.unsqueeze(1)).unsqueeze(1), device)
 
         def wrap(inner: Callable[..., Any]) -> Callable[..., Any]:
             def record(
@@ -245,7 +246,7 @@ class _Watch:
 
 def _without(batch: Batch, role: str, device: torch.device) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Attention that passes the same numbers, but no gradient through keys and values of a role."""
-    cut = (batch.roles == ROLE_ID[role])[:, None, :, None].to(device)
+    cut = moved((batch.roles == ROLE_ID[role])[:, None, :, None], device)
 
     def wrap(inner: Callable[..., Any]) -> Callable[..., Any]:
         def detached(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **rest: Any) -> Any:

@@ -194,8 +194,8 @@ class Backbone(nn.Module):
     ) -> torch.Tensor:
         """Hidden states after the final norm: [rows, seq, dim].
 
-        vision: features from `see`, computed here where not given. read: bool [rows, seq], where the states are read; those elsewhere are
-        then not computed to the end and unusable. None is everywhere. cache: an empty one, which takes the keys and values of all places.
+        vision: features from `see`, computed here where not given. read: bool array [rows, seq], where the states are read; elsewhere they
+        are not computed to the end and unusable. None is everywhere. cache: an empty one, which takes the keys and values of all places.
         """
         vision = vision if vision is not None else self._see(batch)
         states = self.embed(batch.ids)

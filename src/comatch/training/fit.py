@@ -16,6 +16,7 @@ from comatch.config import AdapterConfig, RunConfig, StageRun
 from comatch.core.batch import Example
 from comatch.core.flops import Shape, Trains, work_of
 from comatch.core.packing import Size
+from comatch.devices import moved
 from comatch.recipe import Stage
 from comatch.training.loader import Sample
 
@@ -71,7 +72,7 @@ def fit_layers(accelerator: Accelerator, config: RunConfig, backbone: Backbone, 
     """Let as many layers be recomputed as `config.checkpointing` says, or as do not fit; the same number on all ranks. Returns it."""
     count = told_layers(config, len(backbone.text.layers))
     if count is None:
-        needed = torch.tensor([_needed(accelerator, config, backbone, stage, run)], device=accelerator.device)
+        needed = moved(torch.tensor([_needed(accelerator, config, backbone, stage, run)]), accelerator.device)
         count = int(accelerator.gather(needed).max())
     recompute(backbone, count)
     return count

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from comatch.backbones.base import Backbone
 from comatch.core.batch import IGNORE, ROLE_ID, Batch, Example
 from comatch.core.packing import MULTIPLE, UNLIMITED, Size, best_fit, collate
+from comatch.devices import moved
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def plan_passes(
         kinds = [_split(kind, examples, tokens, patches) for kind in (seen, texts)]
     wanted = [len(kind) for kind in kinds]
     if isinstance(backbone, FSDPModule):
-        wanted = accelerator.gather(torch.tensor([wanted], device=accelerator.device)).amax(0).tolist()
+        wanted = accelerator.gather(moved(torch.tensor([wanted]), accelerator.device)).amax(0).tolist()
     elif accelerator.num_processes > 1 and backbone.vision_trains:
         wanted[0] = max(1, wanted[0])
     planned = []

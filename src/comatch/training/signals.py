@@ -11,6 +11,8 @@ from types import FrameType, TracebackType
 import torch
 from accelerate import Accelerator
 
+from comatch.devices import moved
+
 PREEMPTED, INTERRUPTED = 75, 130
 
 
@@ -39,7 +41,7 @@ class Signals:
         """The exit code that any process was asked for, 0 for none. Every process must call this, and all get the same."""
         if accelerator.num_processes == 1:
             return self.code
-        asked = accelerator.gather(torch.tensor([self.code], device=accelerator.device))
+        asked = accelerator.gather(moved(torch.tensor([self.code]), accelerator.device))
         return int(asked.max())
 
     def _take(self, number: int, frame: FrameType | None) -> None:
